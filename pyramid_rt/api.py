@@ -1,0 +1,168 @@
+"""The way in: `load` a pyramid, or `generate` in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Unpack
+
+import torch
+
+from pyramid_rt.directory import PyramidDirectory, check_family
+from pyramid_rt.errors import InputError
+from pyramid_rt.memory import MemoryPlan, plan_memory
+from pyramid_rt.methods import best_method, rules_of
+from pyramid_rt.model_tier import ModelTier
+from pyramid_rt.models.backend import make_backend
+from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.params import Options, SamplingParams
+from pyramid_rt.pyramid import Prompt, Pyramid, build_plan
+from pyramid_rt.tokenizer import Tokenizer
+from pyramid_rt.weights import read_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("torch", "triton")
+DEFAULT_MAX_SEQ = 4096
+
+Progress = Callable[[str, int, int], None]
+
+
+def demo_weights() -> Path:
+    """Directory of the demo pyramid that ships with the package: three tiny Llamas that complete Python."""
+    return Path(__file__).parent / "demo"
+
+
+def load(
+    weights_dir: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    max_seq: int | None = None,
+    backend: str | None = None,
+    control: str | None = None,
+    progress: Progress | None = None,
+) -> Pyramid:
+    """Load a pyramid and keep it.
+
+    Args:
+        weights_dir: `draft/ qualifier/ target/`, or a `pyramid.json` that names them, or one model.
+        device: "cuda", "cuda:N" or "cpu"; CUDA where there is one.
+        dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 on a CPU.
+        max_seq: positions of the caches; by default what the models allow, at most 4096.
+        backend: "torch" (the only one so far).
+        control: "host" or "device", who ends an inner round; by default the host on a CPU.
+        progress: called with (tier, bytes read, bytes in all).
+
+    Raises:
+        WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
+        InputError: an argument is wrong. MemoryPlanError: it would not fit; nothing was taken.
+    """
+    directory = PyramidDirectory.open(weights_dir)
+    configs = {name: read_config(path) for name, path in directory.tiers.items()}
+    tokenizers = {name: Tokenizer.from_dir(path) for name, path in directory.tiers.items()}
+    vocab_size = check_family(tokenizers, configs)
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    backend = _backend(backend)
+    make_backend(backend, place)
+    max_seq = _max_seq(max_seq, configs)
+    host_control = control != "device" and (control == "host" or place.type == "cpu")
+    plan = _memory_plan(configs, directory.defaults, vocab_size, max_seq, kind, place, host_control)
+    plan.check()
+    tiers = [
+        ModelTier.load(
+            name,
+            path,
+            device=place,
+            dtype=kind,
+            max_seq=max_seq,
+            backend=backend,
+            progress=None if progress is None else _named(progress, name),
+        )
+        for name, path in directory.tiers.items()
+    ]
+    return Pyramid(
+        tiers,
+        tokenizer=tokenizers["target"],
+        eos_token_ids=configs["target"].eos_token_ids,
+        vocab_size=vocab_size,
+        defaults=directory.defaults,
+        control=control,
+        plan=plan,
+    )
+
+
+def generate(
+    weights_dir: str | Path, prompt: Prompt, *, device: str | None = None, **options: Unpack[Options]
+) -> str:
+    """Load, decode and return the text: for a script. An application keeps what `load` gives.
+
+    Options are those of `Pyramid.generate`; errors those of `load` and `Pyramid.generate`.
+    """
+    SamplingParams.build(options)
+    with load(weights_dir, device=device) as pyramid:
+        return pyramid.generate(prompt, **options).text
+
+
+def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(name, done, total)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device must be 'cpu' or 'cuda', found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be 'cpu' or 'cuda', found {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, found {name!r}")
+    return DTYPES[name]
+
+
+def _backend(name: str | None) -> str:
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, found {name!r}")
+    return name or "torch"
+
+
+def _max_seq(asked: int | None, configs: dict[str, LlamaConfig]) -> int:
+    allowed = min(_longest_context(config) for config in configs.values())
+    if asked is None:
+        return min(allowed, DEFAULT_MAX_SEQ)
+    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= allowed:
+        raise InputError(f"max_seq must be an integer in 2..{allowed}, the models' context; found {asked!r}")
+    return asked
+
+
+def _longest_context(config: LlamaConfig) -> int:
+    """Positions a model may see: those of its config; `dynamic` rope was made to go on past them."""
+    stretch = config.rope.factor if config.rope.kind == "dynamic" else 1.0
+    return int(config.max_position_embeddings * stretch)
+
+
+def _memory_plan(
+    configs: dict[str, LlamaConfig],
+    defaults: dict[str, object],
+    vocab_size: int,
+    max_seq: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    host_control: bool,
+) -> MemoryPlan:
+    """The plan for the default method of the directory."""
+    params = SamplingParams.build({}, defaults)
+    rules = rules_of(best_method(len(configs)), params.rule_options)
+    return plan_memory(
+        configs, build_plan(params, rules, host_control=host_control), vocab_size, max_seq, dtype, device
+    )

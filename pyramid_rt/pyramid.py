@@ -1,0 +1,372 @@
+"""`Pyramid`: tiers with rules between them, ready to decode."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
+
+import torch
+
+from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
+from pyramid_rt.generation import Generation
+from pyramid_rt.memory import MemoryPlan
+from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.params import Options, SamplingParams
+from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
+from pyramid_rt.rules import Fuzzy, Rule
+from pyramid_rt.state import Plan, State
+from pyramid_rt.stats import Timing, summarise
+from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
+from pyramid_rt.text import TextAssembler
+from pyramid_rt.tiers import Tier
+from pyramid_rt.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+CHAIN = "chain"
+_STATES_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A checked call."""
+
+    params: SamplingParams
+    method: str
+    tiers: tuple[Tier, ...]
+    plan: Plan
+    prompt: list[int]
+    seed: int
+
+
+class Pyramid:
+    """Tiers, small to large, and the rules between them. Safe to call from several threads: calls queue.
+
+    Usually made by `pyramid_rt.load`. Made directly, it takes any number of tiers with a rule between each
+    pair (lowest stage first); without rules the named methods apply.
+
+    Args:
+        tiers: one or more, the target last.
+        rules: len(tiers) - 1 rules, or None.
+        tokenizer: needed for string prompts, chats, text and stop strings.
+        eos_token_ids: ids that end a sequence.
+        vocab_size: columns decoded over; by default the fewest that any tier has.
+        defaults: options that calls do not give.
+        control: "host" (default on a CPU) or "device" (default elsewhere); see DESIGN, section 6.
+        plan: the memory plan it was loaded by.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        rules: Sequence[Rule] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] = (),
+        vocab_size: int | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        control: str | None = None,
+        plan: MemoryPlan | None = None,
+    ) -> None:
+        if not tiers:
+            raise InputError("a pyramid needs at least one tier")
+        names = [tier.name for tier in tiers]
+        if len(set(names)) < len(names):
+            raise InputError(f"tiers need different names, found {', '.join(names)}")
+        if rules is not None and len(rules) != len(tiers) - 1:
+            raise InputError(
+                f"{len(tiers)} tiers need {len(tiers) - 1} rules between them, found {len(rules)}"
+            )
+        if control not in (None, "host", "device"):
+            raise InputError(f"control must be 'host' or 'device', found {control!r}")
+        self.tiers: tuple[Tier, ...] = tuple(tiers)
+        self.rules = None if rules is None else tuple(rules)
+        self.tokenizer, self.plan = tokenizer, plan
+        self.device = tiers[-1].device
+        self.control = control or ("host" if self.device.type == "cpu" else "device")
+        self.vocab_size = vocab_size or min(tier.vocab_size for tier in tiers)
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.defaults = dict(defaults or {})
+        SamplingParams.build({}, self.defaults)
+        self._gate = Gate()
+        self._states: OrderedDict[tuple[Any, ...], State] = OrderedDict()
+
+    @property
+    def max_seq(self) -> int:
+        """Positions a sequence may have, prompt included."""
+        return min(tier.max_seq for tier in self.tiers)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The named methods these tiers can run."""
+        return methods_for(len(self.tiers))
+
+    @property
+    def default_method(self) -> str:
+        """What a call without `method` runs; "chain" where the pyramid was given rules of its own."""
+        if self.rules is not None:
+            return CHAIN
+        named = self.defaults.get("method")
+        return named if named in self.methods else best_method(len(self.tiers))
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerationResult:
+        """Decode `prompt` and return the whole result.
+
+        Args:
+            prompt: a string, a list of token ids, or a list of chat messages ({"role": ..., "content": ...}).
+            options: see `SamplingParams`.
+
+        Raises:
+            InputError: the prompt or an option is wrong; nothing has run.
+            BusyError: the pyramid is closed, or this thread has a stream of it open.
+            NonFiniteLogitsError: a tier failed; `partial` holds what was committed before.
+        """
+        with self.stream(prompt, **options) as stream:
+            for _ in stream:
+                pass
+        return stream.result
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+        """The same, as an iterator of text pieces. Options are checked at once, work starts with iteration."""
+        request = self._request(prompt, options)
+        return Stream(lambda cancelled: self._work(request, cancelled), self._gate)
+
+    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """`stream` for asyncio: `async for piece in rt.astream(...)`. Close it with `aclose` or `async with`."""
+        request = self._request(prompt, options)
+        return AsyncStream(
+            lambda owner: Stream(lambda cancelled: self._work(request, cancelled), self._gate, owner)
+        )
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerationResult:
+        """`generate` for asyncio. Cancelling the task stops the work after the round it is in."""
+        async with self.astream(prompt, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    def close(self) -> None:
+        """Wait for the running call, then free weights, caches and buffers. Closing twice is no error."""
+        try:
+            self._gate.enter(threading.get_ident())
+        except BusyError:
+            if self._gate.closed:
+                return
+            raise
+        self._gate.closed = True
+        self.tiers = ()
+        self._states.clear()
+        self._gate.leave()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Pyramid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # From the call to checked work
+
+    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
+        if self._gate.closed:
+            raise BusyError("the pyramid is closed")
+        params = SamplingParams.build(options, {**self.defaults, "method": None})
+        method = params.method or self.default_method
+        if method == CHAIN:
+            assert self.rules is not None
+            tiers, rules = self.tiers, self.rules
+        else:
+            tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
+            rules = rules_of(method, params.rule_options)
+        if params.stop and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this pyramid has none")
+        for token in params.stop_token_ids:
+            self._check_token("stop_token_ids", token)
+        ids = self._encode(prompt)
+        return _Request(params, method, tiers, self.make_plan(params, rules), ids, params.with_seed())
+
+    def make_plan(self, params: SamplingParams, rules: Sequence[Rule]) -> Plan:
+        """The static shape of a round for these options. Raises InputError, as for a window over 64."""
+        return build_plan(params, tuple(rules), host_control=self.control == "host")
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Prompt to checked token ids."""
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+            if self.tokenizer is None:
+                raise InputError("a string or chat prompt needs a tokenizer, and this pyramid has none")
+            if isinstance(prompt, str):
+                ids = self.tokenizer.encode(prompt)
+            else:
+                ids = self.tokenizer.encode_chat([message for message in prompt if self._is_message(message)])
+        else:
+            ids = [self._check_token("prompt", token) for token in prompt]
+        if not ids:
+            raise InputError("the prompt is empty: it has no tokens")
+        if len(ids) >= self.max_seq:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and the context {self.max_seq} (max_seq); "
+                "at least one position must be left"
+            )
+        return ids
+
+    @staticmethod
+    def _is_message(message: object) -> bool:
+        if not isinstance(message, Mapping):
+            raise InputError(f"a chat is a list of messages, found {message!r} in it")
+        return True
+
+    def _check_token(self, name: str, token: object) -> int:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise InputError(f"{name} must hold token ids (integers), found {token!r}")
+        index = int(token.__index__())
+        if not 0 <= index < self.vocab_size:
+            raise InputError(f"{name}: token id {index} is out of range 0..{self.vocab_size - 1}")
+        return index
+
+    # Decoding
+
+    def _state(self, plan: Plan) -> State:
+        """Buffers for a plan; thresholds are device values, so plans that differ only there share them."""
+        rules = tuple(
+            replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
+        )
+        key = (rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
+        if key not in self._states:
+            while len(self._states) >= _STATES_KEPT:
+                self._states.popitem(last=False)
+            self._states[key] = State.allocate(plan, self.max_seq, self.vocab_size, self.device)
+        self._states.move_to_end(key)
+        return self._states[key]
+
+    def _work(self, request: _Request, cancelled: Callable[[], bool]) -> Work:
+        """Decode, yielding text; the generator's return value is the result."""
+        params = request.params
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
+        run = _Run(self, request, sorted(stop_ids))
+        try:
+            while not run.over and not cancelled():
+                piece = run.step()
+                if piece:
+                    yield piece
+        except NonFiniteLogitsError as error:
+            if run.tokens:
+                error.partial = run.result("cancelled")
+            raise
+        if run.over:
+            last = run.flush()
+            if last:
+                yield last
+            return run.result()
+        return run.result("cancelled")
+
+
+class _Run:
+    """Host side of one generation: tokens and text so far, and the time spent."""
+
+    def __init__(self, pyramid: Pyramid, request: _Request, stop_ids: Sequence[int]) -> None:
+        begin = time.perf_counter()
+        self._request = request
+        params = request.params
+        self._generation = Generation(
+            request.tiers,
+            request.plan,
+            pyramid._state(request.plan),
+            pyramid.vocab_size,
+            params,
+            request.seed,
+            request.prompt,
+            stop_ids,
+        )
+        self._text = (
+            TextAssembler(pyramid.tokenizer, params.stop, frozenset(stop_ids), request.prompt)
+            if pyramid.tokenizer is not None
+            else None
+        )
+        self.tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._started = False
+        self._first: float | None = None
+        self._busy = time.perf_counter() - begin
+
+    @property
+    def over(self) -> bool:
+        """The sequence is finished, or a stop string is complete."""
+        return self._generation.finished or (self._text is not None and self._text.stopped)
+
+    def step(self) -> str:
+        """The next commit; returns the text it lets show."""
+        begin = time.perf_counter()
+        commit = self._generation.advance() if self._started else self._generation.start()
+        self._started = True
+        self.tokens += commit.tokens
+        self._logprobs += commit.logprobs
+        piece = ""
+        if self._text is not None:
+            piece = self._text.push(commit.tokens)
+            if self._text.stopped:
+                # The device may have run on past the stop string; those tokens are nobody's.
+                del self.tokens[self._text.tokens_used :], self._logprobs[self._text.tokens_used :]
+        self._busy += time.perf_counter() - begin
+        if self._first is None:
+            self._first = self._busy
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        return self._text.flush() if self._text is not None else ""
+
+    def result(self, reason: FinishReason | None = None) -> GenerationResult:
+        """The result so far; without `reason` the one it ended for."""
+        request, generation = self._request, self._generation
+        if reason is None:
+            stopped = generation.stopped or (self._text is not None and self._text.stopped)
+            reason = "stop" if stopped else "length"
+        stats = summarise(
+            request.method,
+            all(rule.lossless for rule in request.plan.rules[-1:]),
+            [tier.name for tier in request.tiers],
+            generation.counters(),
+            generation.clock.seconds(),
+            prompt_tokens=len(request.prompt),
+            new_tokens=len(self.tokens),
+            timing=Timing(self._first, self._busy),
+        )
+        return GenerationResult(
+            text=self._text.text if self._text is not None else "",
+            tokens=self.tokens,
+            finish_reason=reason,
+            stats=stats,
+            seed=request.seed,
+            logprobs=self._logprobs if request.params.logprobs is not None else None,
+        )
+
+
+def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> Plan:
+    """The plan of a chain of rules: its lengths, and how many inner rounds make an outer one.
+
+    Raises InputError: lengths that do not fit the chain, or a window over 64.
+    """
+    stages = len(rules)
+    lengths = params.lengths
+    if lengths is None:
+        if stages > 2:
+            raise InputError(f"a chain of {stages + 1} tiers needs the option lengths, {stages} of them")
+        lengths = (params.draft_length, params.qualifier_length)[:stages]
+    elif len(lengths) != stages:
+        raise InputError(f"lengths must have one entry per stage, {stages} here, found {len(lengths)}")
+    inner_rounds = params.inner_rounds
+    if inner_rounds is None and not host_control and stages > 1:
+        inner_rounds = -(-lengths[1] // (lengths[0] + 1))
+    return Plan(
+        rules=rules,
+        lengths=lengths,
+        inner_rounds=inner_rounds,
+        host_control=host_control,
+        noisy=params.temperature > 0,
+        filters=params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0),
+        logprobs=params.logprobs,
+    )

@@ -1,0 +1,43 @@
+"""What a tier is to the recursion: anything that gives logits for a window of tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SLACK = 64  # rows past the context, for a round that runs over its end; also the widest window
+
+
+class Tier(Protocol):
+    """A model with its own cache of `max_seq + SLACK` positions.
+
+    Attributes:
+        name: unique in the pyramid; errors and statistics carry it.
+        vocab_size: columns that `forward` returns, at least the pyramid's common vocabulary.
+        max_seq: positions the cache can hold, without the slack.
+        device: where tokens and logits live.
+    """
+
+    name: str
+    vocab_size: int
+    max_seq: int
+    device: torch.device
+
+    def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
+        """Run tokens (int64 [T]) at positions start..start + T - 1 and put them into the cache.
+
+        Args:
+            tokens: int64 [T].
+            start: int64 [], device value: the position of the first token; earlier positions are cached.
+            rows: int64 [R], the window rows whose logits are wanted; None for none (prefill).
+            kv_bound: host integer, at least start + T: no cache row from there on is looked at.
+
+        Returns: float32 [R, vocab_size]; row r holds the raw logits for position start + rows[r] + 1.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget the cache's contents, so that nothing non-finite in it survives."""
+        ...
