@@ -38,7 +38,7 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int, int, int]]:
         """(tier, weights, cache, buffers) in bytes; the round's buffers stand with the last tier."""
-        last = next(reversed(self.weights))
+        last = list(self.weights)[-1]
         return [
             (name, self.weights[name], self.caches[name], self.round_buffers if name == last else 0)
             for name in self.weights

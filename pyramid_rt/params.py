@@ -6,7 +6,7 @@ import difflib
 import math
 import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -121,7 +121,7 @@ class SamplingParams:
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Every given option in its canonical type, or InputError."""
-    checks = {
+    checks: dict[str, Callable[[str, Any], Any]] = {
         "max_new_tokens": lambda n, v: _integer(n, v, 0),
         "method": lambda n, v: v if v is None else _choice(n, v, METHODS),
         "draft_length": lambda n, v: _integer(n, v, 1),

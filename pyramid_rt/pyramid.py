@@ -201,7 +201,7 @@ class Pyramid:
             if isinstance(prompt, str):
                 ids = self.tokenizer.encode(prompt)
             else:
-                ids = self.tokenizer.encode_chat([message for message in prompt if self._is_message(message)])
+                ids = self.tokenizer.encode_chat([self._check_message(message) for message in prompt])
         else:
             ids = [self._check_token("prompt", token) for token in prompt]
         if not ids:
@@ -214,10 +214,10 @@ class Pyramid:
         return ids
 
     @staticmethod
-    def _is_message(message: object) -> bool:
+    def _check_message(message: object) -> Mapping[str, Any]:
         if not isinstance(message, Mapping):
             raise InputError(f"a chat is a list of messages, found {message!r} in it")
-        return True
+        return message
 
     def _check_token(self, name: str, token: object) -> int:
         if isinstance(token, bool) or not hasattr(token, "__index__"):

@@ -157,7 +157,7 @@ class Recursion:
             token = torch.where(whole, token, self._residual(evidence, below, accepted, position))
 
         if up:
-            self._keep_rows(level, proposal - base, raw, self._handed_up(verdict, evidence, processed))
+            self._keep_rows(level, proposal - base, raw, self._handed_up(verdict, evidence, processed, prefix))
         differing = (prefix * (evidence.proposed != own[:most])).sum(0)
         self._count(below, active, count, accepted, whole, replace, differing)
         state.ended.copy_(torch.where(active, state.ended & whole, state.ended))
@@ -210,12 +210,18 @@ class Recursion:
         p_log, q_log = evidence.processed.index_select(0, row), evidence.effective.index_select(0, row)
         return ops.residual_token(p_log, q_log, ops.gumbel(words))
 
-    def _handed_up(self, verdict: Verdict, evidence: Evidence, processed: Tensor | None) -> Tensor | None:
-        """The effective rows [m + 1, V] of the tokens that stand and of the replacement after them."""
+    def _handed_up(
+        self, verdict: Verdict, evidence: Evidence, processed: Tensor | None, prefix: Tensor
+    ) -> Tensor | None:
+        """The effective rows [m + 1, V] of the tokens that stand and of the replacement after them.
+
+        `prefix` (int64 [m]) is 1 where a token stands; past it the verdict may be about stale rows.
+        """
         if processed is None or verdict.inherited is None or evidence.effective is None:
             return processed
         most = evidence.proposed.shape[0]
-        kept = torch.where(verdict.inherited.unsqueeze(-1), evidence.effective, processed[:most])
+        inherited = (verdict.inherited & (prefix > 0)).unsqueeze(-1)
+        kept = torch.where(inherited, evidence.effective, processed[:most])
         return torch.cat((kept, processed[most:]))
 
     def _needs_processed(self, rule: Rule, level: int) -> bool:

@@ -20,10 +20,17 @@ class Tier(Protocol):
         device: where tokens and logits live.
     """
 
-    name: str
-    vocab_size: int
-    max_seq: int
-    device: torch.device
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_seq(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
         """Run tokens (int64 [T]) at positions start..start + T - 1 and put them into the cache.

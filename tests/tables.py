@@ -10,9 +10,10 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
 from pyramid_rt.recursion import Recursion
 from pyramid_rt.state import Plan, State
-from torch import Tensor
 
 VOCAB = 4
 MAX_SEQ = 16

@@ -161,7 +161,7 @@ def test_init_then_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert run("info", "--weights", str(tmp_path)) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == ["draft", "target"]
+    assert [line.split()[0] for line in lines[2:4]] == ["draft", "target"]
     assert next(line for line in lines if line.startswith("methods")).split(maxsplit=1)[1] == (
         "ar (lossless), sd (lossless), fsd"
     )
@@ -246,13 +246,22 @@ def test_demo_shows_text_and_table(capsys: pytest.CaptureFixture[str]) -> None:
 # As a process.
 
 
-def start(*argv: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "import sys; from pyramid_rt.cli import main; sys.exit(main())", *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+# A test run in the background of a shell ignores SIGINT, and so would its children.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pyramid_rt.cli import main
+sys.exit(main())
+"""
+
+
+def start(*argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_closed_pipe_is_silent() -> None:
-    process = start("generate", "--ignore-eos", "--max-new-tokens", "200", PROMPT)
+    process = start("generate", "--ignore-eos", "--max-new-tokens", "900", PROMPT)
     assert process.stdout
     assert process.stderr
     process.stdout.read(1)

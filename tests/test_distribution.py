@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from tables import decode_many, empirical_joint, exact_joint, noise_floor, random_tables, total_variation
+from torch import Tensor
+
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.recursion import Recursion
 from pyramid_rt.rules import Evidence, Fuzzy, Match, Rejection, Rule, Verdict
 from pyramid_rt.state import Plan
-from tables import decode_many, empirical_joint, exact_joint, noise_floor, random_tables, total_variation
-from torch import Tensor
 
 RUNS = 100_000
 BATCH = 12_500  # runs decoded side by side; more only spills the cache
@@ -107,7 +108,9 @@ def test_fuzzy_on_top_is_lossy():
 class OwnInsteadOfEffective(Recursion):
     """The tempting shortcut: hand up the tier's own distribution whatever the token was drawn from."""
 
-    def _handed_up(self, verdict: Verdict, evidence: Evidence, processed: Tensor | None) -> Tensor | None:
+    def _handed_up(
+        self, verdict: Verdict, evidence: Evidence, processed: Tensor | None, prefix: Tensor
+    ) -> Tensor | None:
         return processed
 
 

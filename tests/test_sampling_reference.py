@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from pyramid_rt.kernels import sampling_reference as ops
 
 SEED = torch.tensor([0xDEADBEEF, 0x01234567])
