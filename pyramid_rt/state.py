@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.errors import InputError
+from pyramid_rt.models.llama import SLACK_ROWS
 from pyramid_rt.rules import Rule, rows_needed
-from pyramid_rt.tiers import SLACK
 
-MAX_WINDOW = SLACK
+MAX_WINDOW = SLACK_ROWS  # a window that starts at the end of the context must fit into the slack
 NO_POSITION = 2**62
 
 # Columns of `State.counters`, one row per tier. All but the last two belong to the stage above the tier.
@@ -134,8 +134,8 @@ class State:
 
         stages = range(plan.tiers - 1)
         return cls(
-            tokens=torch.zeros(max_seq + SLACK, dtype=torch.int64, device=device),
-            origin=torch.zeros(max_seq + SLACK, dtype=torch.int64, device=device),
+            tokens=torch.zeros(max_seq + SLACK_ROWS, dtype=torch.int64, device=device),
+            origin=torch.zeros(max_seq + SLACK_ROWS, dtype=torch.int64, device=device),
             end=scalar(0, torch.int64),
             limit=scalar(0, torch.int64),
             ended=scalar(0, torch.bool),

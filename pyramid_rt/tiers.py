@@ -7,11 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SLACK = 64  # rows past the context, for a round that runs over its end; also the widest window
-
 
 class Tier(Protocol):
-    """A model with its own cache of `max_seq + SLACK` positions.
+    """A model with its own cache of `max_seq + 64` positions.
 
     Attributes:
         name: unique in the pyramid; errors and statistics carry it.

@@ -1,0 +1,94 @@
+"""Under device control nothing in an outer round reads a device value on the host (DESIGN, section 6)."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tables import TableTier, random_tables
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
+from pyramid_rt.recursion import Recursion
+
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2"}
+RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, "topk_js", "processed", or_match=True))
+OPTIONS = {"max_new_tokens": 24, "lengths": (2, 3), "seed": 3, "logprobs": 2}
+
+
+class NoReadOps(TorchDispatchMode):
+    """Raises where an op would wait for the device; boolean-mask indexing is one of them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            getattr(index, "dtype", None) == torch.bool for index in (args[1] if isinstance(args[1], list) else [])
+        )
+        if name in READS or masks:
+            raise AssertionError(f"{func} reads a device value on the host")
+        return func(*args, **(kwargs or {}))
+
+
+class NoReadCalls(TorchFunctionMode):
+    """Raises at methods that copy to the host; on a CPU they read memory without any op."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu", "item"):
+            raise AssertionError(f"{func} reads a device value on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_host_reads():
+    with NoReadCalls(), NoReadOps():
+        yield
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every outer round runs under the watch; the list counts them."""
+    rounds = []
+    real = Recursion.outer_round
+
+    def outer_round(self, known_end=None):
+        rounds.append(known_end)
+        with no_host_reads():
+            real(self, known_end)
+
+    monkeypatch.setattr(Recursion, "outer_round", outer_round)
+    return rounds
+
+
+def test_the_watch_sees_reads():
+    x = torch.arange(4)
+    for read in (lambda: x[1].item(), lambda: x.tolist(), lambda: x.nonzero(), lambda: x[x > 1], lambda: bool(x[0])):
+        with no_host_reads(), pytest.raises(AssertionError, match="reads a device value"):
+            read()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("rules", list(itertools.product(RULES, RULES)), ids=str)
+def test_no_rule_reads(watched, rules, temperature):
+    tiers = [TableTier(f"t{i}", table, max_seq=60) for i, table in enumerate(random_tables(3, seed=1))]
+    rt = Pyramid(tiers, rules, control="device")
+    out = rt.generate([0, 1], temperature=temperature, top_k=3, top_p=0.9, **OPTIONS)
+    assert len(out.tokens) == 24
+    assert len(watched) >= 2
+
+
+@pytest.mark.parametrize("method", ["ar", "sd", "psd", "psd_f"])
+def test_no_model_reads(watched, tiny, method):
+    rt = Pyramid(tiny.tiers, tokenizer=tiny.tokenizer, control="device", vocab_size=tiny.vocab_size)
+    options = {"max_new_tokens": 30, "temperature": 0.7, "seed": 2}
+    tokens = rt.generate("def f(", method=method, **options).tokens
+    assert watched
+    assert method == "psd_f" or tokens == rt.generate("def f(", method="ar", **options).tokens
+
+
+def test_host_control_does_read(watched):
+    tiers = [TableTier(f"t{i}", table, max_seq=60) for i, table in enumerate(random_tables(3, seed=1))]
+    with pytest.raises(AssertionError, match="reads a device value"):
+        Pyramid(tiers, [Match(), Match()], control="host").generate([0, 1], **OPTIONS)
