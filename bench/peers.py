@@ -31,9 +31,11 @@ SMOLLM2_CASES = 4  # prompts of the SmolLM2 comparison, taken evenly from all
 
 def ours(pyramid: pyramid_rt.Pyramid, method: str, new_tokens: int) -> Contender:
     """Our greedy decoding by one method, with the pyramid's own defaults."""
-    return lambda ids: pyramid.generate(
-        list(ids), method=method, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True
-    ).tokens
+    return lambda ids: (
+        pyramid.generate(
+            list(ids), method=method, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True
+        ).tokens
+    )
 
 
 def theirs(model: Any, new_tokens: int, device: str, **options: Any) -> Contender:
@@ -60,13 +62,16 @@ def compare_smollm2(directory: Path, device: str, dtype: str, repeats: int, new_
     with pyramid_rt.load(directory / "target", device=device, dtype=dtype, max_seq=2048) as pyramid:
         assert pyramid.tokenizer is not None
         every = cases()
-        prompts = [
+        prompts: list[Sequence[int]] = [
             pyramid.tokenizer.encode(case.prompt)
             if isinstance(case.prompt, str)
             else pyramid.tokenizer.encode_chat(case.prompt)
             for case in every[:: len(every) // SMOLLM2_CASES]
         ]
-        contenders = {"ours": ours(pyramid, "ar", new_tokens), "transformers": theirs(model, new_tokens, device)}
+        contenders = {
+            "ours": ours(pyramid, "ar", new_tokens),
+            "transformers": theirs(model, new_tokens, device),
+        }
         return take_turns(contenders, prompts, repeats)
 
 
@@ -77,7 +82,7 @@ def compare_demo(device: str, dtype: str, repeats: int, new_tokens: int) -> Timi
     draft = load_peer(directory, getattr(torch, dtype), tier="draft").to(device)
     with pyramid_rt.load(directory, device=device, dtype=dtype) as pyramid:
         assert pyramid.tokenizer is not None
-        prompts = [pyramid.tokenizer.encode(prompt) for prompt in DEMO_PROMPTS]
+        prompts: list[Sequence[int]] = [pyramid.tokenizer.encode(prompt) for prompt in DEMO_PROMPTS]
         contenders = {method: ours(pyramid, method, new_tokens) for method in METHODS}
         contenders["transformers"] = theirs(target, new_tokens, device)
         contenders["transformers assisted"] = theirs(target, new_tokens, device, assistant_model=draft)

@@ -1,8 +1,8 @@
 """Train the demo pyramid: a target with cross entropy, then a qualifier and a draft distilled from it.
 
 The stages share one work folder, save their state every two minutes and go on from there when the
-same command is run again. Their length is given in minutes of wall time, so the weights depend on the
-speed of the machine; everything random is drawn from the seed and the step number.
+same command is run again, or one with more minutes. Their length is given in minutes of wall time, so
+the weights depend on the speed of the machine; everything random is drawn from the seed and the step.
 
 Every worker process computes on one thread with its share of each batch; weights and gradients are
 in shared memory. This loses less to other load on the machine than threads that wait for each other
@@ -69,7 +69,6 @@ def build_model(tier: str, seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
@@ -193,7 +192,6 @@ class Stage:
     step: int = 0
     spent: float = 0.0
     tokens: int = 0
-    done: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -204,7 +202,7 @@ class Stage:
             for tier, model in self.models.items():
                 model.load_state_dict(state["models"][tier])
             self.step, self.spent, self.tokens = state["position"]
-            self.history, self.done = state["history"], state["done"]
+            self.history = state["history"]
         self.optimizers = {tier: Optimizer(model, self.team) for tier, model in self.models.items()}
 
     def own_path(self) -> Path:
@@ -219,16 +217,14 @@ class Stage:
             if tier in saved:
                 optimizer.load(saved[tier])
 
-    def save(self, done: bool) -> None:
+    def save(self) -> None:
         """Write the checkpoint, replacing the previous one only when the new one is complete."""
-        if not done:
-            write_whole(self.own_path(), {tier: o.state() for tier, o in self.optimizers.items()})
+        write_whole(self.own_path(), {tier: o.state() for tier, o in self.optimizers.items()})
         if self.team.rank == 0:
             state = {
                 "models": {tier: model.state_dict() for tier, model in self.models.items()},
                 "position": (self.step, self.spent, self.tokens),
                 "history": self.history,
-                "done": done,
             }
             write_whole(self.work / f"{self.name}.pt", state)
 
@@ -268,9 +264,8 @@ def run_stage(
     stage: Stage, step_loss: StepLoss, windows: Callable[[int], torch.Tensor], held: Tokens
 ) -> None:
     """Train all models of a stage until its wall time is used up, logging and saving on the way."""
-    if not stage.done:
+    if stage.spent < stage.seconds:
         stage.team.run(lambda: work_on_stage(stage, step_loss, windows, held))
-        stage.done = True
 
 
 def work_on_stage(
@@ -295,7 +290,7 @@ def work_on_stage(
                 record = {tier: held_out_loss(model, held) for tier, model in stage.models.items()}
                 stage.history.append({"step": stage.step, "minutes": stage.spent / 60, **record})
                 print(f"{stage.name} step {stage.step} held-out {record}", flush=True)
-            stage.save(done=False)
+            stage.save()
             last_save = time.monotonic()
         rows = windows(stage.step)
         losses = step_loss(rows[team.rank :: team.size])
@@ -315,7 +310,7 @@ def work_on_stage(
                 flush=True,
             )
             last_log, logged_tokens = now, stage.tokens
-    stage.save(done=True)
+    stage.save()
 
 
 def training_windows(stream: Tokens, seed: int) -> Callable[[int], torch.Tensor]:
@@ -359,9 +354,11 @@ def generate(
     return rows
 
 
-def sample_target(target: LlamaForCausalLM, corpus: Corpus, team: Team, args: argparse.Namespace) -> Tokens:
-    """Let the target continue training prompts and fragments for some minutes; one row per text."""
-    path: Path = args.work / "selfgen.npy"
+def sample_target(
+    target: LlamaForCausalLM, step: int, corpus: Corpus, team: Team, args: argparse.Namespace
+) -> Tokens:
+    """Let the target of this step continue training prompts and fragments for some minutes."""
+    path: Path = args.work / f"selfgen-{step}.npy"
 
     def work() -> None:
         end = time.monotonic() + args.minutes["selfgen"] * 60
@@ -427,7 +424,7 @@ def train_students(
 def export(tier: str, model: LlamaForCausalLM, corpus: Corpus, out: Path) -> None:
     """Write one tier in bfloat16 the way Hugging Face saves a Llama model with its tokenizer."""
     folder = out / tier
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=corpus.tokenizer,
         bos_token=EOS,
@@ -446,7 +443,7 @@ def export(tier: str, model: LlamaForCausalLM, corpus: Corpus, out: Path) -> Non
 def own_text_agreement(models: dict[str, Any], corpus: Corpus, heat: float, seed: int) -> dict[str, float]:
     """Let the target continue 24 held-out prompts by 192 tokens and compare the tiers on its text."""
     prompts = draw_windows(corpus.held_out, 24, 63, seed, 0)
-    writer = copy.deepcopy(models["target"]).to(torch.bfloat16)
+    writer = copy.deepcopy(models["target"]).bfloat16()
     rows = generate(writer, prompts, 256, torch.full((24,), heat), seed)
     return measure_rows(models, rows, 64)
 
@@ -533,7 +530,7 @@ def main() -> None:
     export("target", first.models["target"], corpus, args.out)
     teacher = LlamaForCausalLM.from_pretrained(args.out / "target", dtype=torch.bfloat16)
     teacher.requires_grad_(False).share_memory()
-    own_text = sample_target(teacher, corpus, team, args)
+    own_text = sample_target(teacher, first.step, corpus, team, args)
     second = train_students(teacher, corpus, own_text, team, args)
     for tier, model in second.models.items():
         export(tier, model, corpus, args.out)

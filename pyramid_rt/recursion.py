@@ -77,7 +77,7 @@ class Recursion:
         self._note_bad(target, peak, state.end.reshape(1), live)
         self._keep_logprobs(raw)
         state.cached[target].copy_(state.end)
-        self._put(token, target, live)
+        self._put(token, live)
 
     # Proposing
 
@@ -103,23 +103,32 @@ class Recursion:
         plan, state = self.plan, self.state
         width = plan.window(0)
         if plan.host_control:
-            width = int(state.end) - int(state.cached[0])
-            steps = min(steps, int(state.limit) - int(state.end))
-        for _ in range(steps):
-            live = active & self._unfinished()
-            position = state.end.reshape(1)
-            row = (position - 1 - state.cached[0]).clamp(0, width - 1)
-            raw = self._window(0, width, row)
-            token, peak = self._own_tokens(raw, position)
-            self._note_bad(0, peak, position, live)
+            width = int(base) - int(state.cached[0])
+            steps = min(steps, int(state.limit) - int(base))
+        live = active
+        tokens: list[Tensor] = []
+        peaks: list[Tensor] = []
+        for step in range(steps):
+            if step == 0:
+                row = (base - 1 - state.cached[0]).clamp(0, width - 1).reshape(1)
+                raw = self._window(0, width, row)
+            else:
+                live = live & self._unfinished()
+                # The one token the draft has not seen; in a step that is not live, some row past `cached`.
+                raw = self._run(0, tokens[-1], state.end - 1, self._steps[:1], self._bound(base, step))
+            token, peak = self._own_tokens(raw, state.end.reshape(1))
+            tokens.append(token)
+            peaks.append(peak)
             if plan.tiers == 1:
                 self._keep_logprobs(raw)
             else:
                 processed = self._logprobs(raw) if plan.keep_effective[0] else None
                 self._keep_rows(0, state.end - base, raw, processed)
-            state.cached[0].copy_(torch.where(live, state.end, state.cached[0]))
-            self._put(token, 0, live)
-            width = 1
+            self._put(token, live)
+        positions = base + self._steps[:steps]
+        self._note_bad(0, torch.cat(peaks), positions, positions < state.end)
+        state.origin.index_put_((positions,), self._levels[:1])
+        state.cached[0].copy_(torch.where(active, state.end - 1, state.cached[0]))
         drawn = state.end - base
         state.counters[0, COLUMN["forwards"]] += drawn
         if plan.tiers == 1:
@@ -157,7 +166,9 @@ class Recursion:
             token = torch.where(whole, token, self._residual(evidence, below, accepted, position))
 
         if up:
-            self._keep_rows(level, proposal - base, raw, self._handed_up(verdict, evidence, processed, prefix))
+            self._keep_rows(
+                level, proposal - base, raw, self._handed_up(verdict, evidence, processed, prefix)
+            )
         differing = (prefix * (evidence.proposed != own[:most])).sum(0)
         self._count(below, active, count, accepted, whole, replace, differing)
         state.ended.copy_(torch.where(active, state.ended & whole, state.ended))
@@ -166,7 +177,9 @@ class Recursion:
             cached = state.cached[tier]
             cached.copy_(torch.where(active, torch.minimum(cached, position), cached))
         state.cached[level].copy_(torch.where(active, position, state.cached[level]))
-        self._put(token, level, replace)
+        # A position past the end belongs to nobody, so this need not be masked.
+        state.origin.index_put_((position.reshape(1),), self._levels[level : level + 1])
+        self._put(token, replace)
         if not up:
             self._keep_logprobs(raw)
             self._count_survivors(proposal, positions)
@@ -236,11 +249,13 @@ class Recursion:
 
     def _window(self, level: int, width: int, rows: Tensor) -> Tensor:
         """Run the `width` tokens from the tier's cached length on; raw logits of `rows`, [R, V] float32."""
-        state = self.state
-        start = state.cached[level]
-        bound = int(start) + width if self.plan.host_control else self._horizon
-        window = state.tokens.gather(0, start + self._steps[:width])
-        return self._run(level, window, start, rows, bound)
+        start = self.state.cached[level]
+        window = self.state.tokens.gather(0, start + self._steps[:width])
+        return self._run(level, window, start, rows, self._bound(start, width))
+
+    def _bound(self, start: Tensor, width: int) -> int:
+        """Cache rows that a window of `width` from `start` on may look at, known to the host."""
+        return int(start) + width if self.plan.host_control else self._horizon
 
     def _run(self, level: int, window: Tensor, start: Tensor, rows: Tensor, bound: int) -> Tensor:
         with self.clock.measure(level) if self.clock is not None else nullcontext():
@@ -268,12 +283,11 @@ class Recursion:
         """Processed log-probabilities [R, V]; one-hot at temperature 0."""
         return torch.log_softmax(self._processed(raw), -1) if self.plan.noisy else ops.one_hot_logprobs(raw)
 
-    def _put(self, token: Tensor, level: int, live: Tensor) -> None:
-        """Append token [1] of tier `level` where `live`; elsewhere the write goes to the buffer's last entry."""
+    def _put(self, token: Tensor, live: Tensor) -> None:
+        """Append token [1] where `live`; elsewhere the write goes to the buffer's last entry."""
         state = self.state
         slot = torch.where(live, state.end, self._capacity - 1).reshape(1)
         state.tokens.index_put_((slot,), token)
-        state.origin.index_put_((slot,), self._levels[level : level + 1])
         state.ended.logical_or_(live & state.stop_mask.gather(0, token).squeeze(0))
         state.end.add_(live)
 

@@ -25,7 +25,8 @@ class NoReadOps(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masks = name.startswith("index") and any(
-            getattr(index, "dtype", None) == torch.bool for index in (args[1] if isinstance(args[1], list) else [])
+            getattr(index, "dtype", None) == torch.bool
+            for index in (args[1] if isinstance(args[1], list) else [])
         )
         if name in READS or masks:
             raise AssertionError(f"{func} reads a device value on the host")
@@ -64,7 +65,13 @@ def watched(monkeypatch):
 
 def test_the_watch_sees_reads():
     x = torch.arange(4)
-    for read in (lambda: x[1].item(), lambda: x.tolist(), lambda: x.nonzero(), lambda: x[x > 1], lambda: bool(x[0])):
+    for read in (
+        lambda: x[1].item(),
+        lambda: x.tolist(),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: bool(x[0]),
+    ):
         with no_host_reads(), pytest.raises(AssertionError, match="reads a device value"):
             read()
 

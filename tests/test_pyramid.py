@@ -75,9 +75,13 @@ def test_lossless_methods_equal_ar(tiny_dir, method, temperature, control):
 
 @pytest.mark.parametrize("method", ["fsd", "psd_a", "psd_f"])
 def test_lossy_methods_say_how_lossy(tiny, method):
-    exact = tiny.generate(PROMPT, method=method, max_new_tokens=40, target_threshold=0.0, qualifier_threshold=0.0)
+    exact = tiny.generate(
+        PROMPT, method=method, max_new_tokens=40, target_threshold=0.0, qualifier_threshold=0.0
+    )
     assert exact.stats.differs == 0.0
-    loose = tiny.generate(PROMPT, method=method, max_new_tokens=40, target_threshold=9.0, qualifier_threshold=9.0)
+    loose = tiny.generate(
+        PROMPT, method=method, max_new_tokens=40, target_threshold=9.0, qualifier_threshold=9.0
+    )
     assert loose.stats.differs > 0
     assert loose.stats.tiers[-2].acceptance_rate == 1.0 > exact.stats.tiers[-2].acceptance_rate
 

@@ -58,7 +58,12 @@ def test_host_and_device_control_give_the_same_tokens_and_statistics(rules, temp
         results.append(
             [
                 rt.generate(
-                    [1, 2], max_new_tokens=23, temperature=temperature, seed=seed, lengths=lengths, inner_rounds=2
+                    [1, 2],
+                    max_new_tokens=23,
+                    temperature=temperature,
+                    seed=seed,
+                    lengths=lengths,
+                    inner_rounds=2,
                 )
                 for seed in range(6)
             ]
@@ -72,7 +77,9 @@ def test_host_and_device_control_give_the_same_tokens_and_statistics(rules, temp
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 3, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 3, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
 def test_lossless_methods_give_the_tokens_of_ar(temperature, filters):
     rt = make(random_tables(3, seed=8), eos_token_ids=[EOS])
@@ -188,7 +195,10 @@ def test_draft_length_one_and_inner_round_of_one():
     tables = random_tables(3, seed=4)
     rt = make(tables)
     plain = rt.generate([0, 1], method="ar", max_new_tokens=20).tokens
-    assert rt.generate([0, 1], method="psd", draft_length=1, qualifier_length=1, max_new_tokens=20).tokens == plain
+    assert (
+        rt.generate([0, 1], method="psd", draft_length=1, qualifier_length=1, max_new_tokens=20).tokens
+        == plain
+    )
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -229,7 +239,10 @@ def test_windows_over_64_are_refused():
         rt.generate([0], method="psd", draft_length=32, qualifier_length=32)
     with pytest.raises(InputError, match="inner_rounds 13"):
         rt.generate([0], method="psd", draft_length=4, inner_rounds=13)
-    assert rt.generate([0], method="psd", draft_length=32, qualifier_length=31, max_new_tokens=70).tokens[-1] == 2
+    assert (
+        rt.generate([0], method="psd", draft_length=32, qualifier_length=31, max_new_tokens=70).tokens[-1]
+        == 2
+    )
 
 
 def test_cached_noise_is_the_direct_noise():

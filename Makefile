@@ -1,0 +1,67 @@
+# `make demo` and `make test` are all a newcomer needs. Everything is installed into $(VENV), once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WEIGHTS ?= weights/smollm2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-real test lint bench wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.runtime ## complete Python code with the embedded pyramid, then compare the methods
+	@$(BIN)/pyramid-rt demo
+
+demo-real: $(VENV)/.dev $(WEIGHTS)/pyramid.json ## fetch SmolLM2-135M-Instruct and answer a chat question
+	@$(BIN)/pyramid-rt generate --weights $(WEIGHTS) --chat --max-new-tokens 120 \
+		"What is the capital of France, and what is it known for?"
+
+test: $(VENV)/.dev ## run every check
+	@$(BIN)/pytest
+
+lint: $(VENV)/.dev ## style, form and strict types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev ## measure against transformers on this CPU
+	@mkdir -p build
+	@$(BIN)/python -m bench.peers --device cpu --json build/peers-cpu.json
+
+# A build folder left from before would put files that are gone into the wheel.
+wheel: $(VENV)/.runtime ## build dist/*.whl
+	@rm -rf build/lib build/bdist.* dist
+	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove what was installed and built here, and the fetched weights
+	@rm -rf $(VENV) build dist weights *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# With an NVIDIA GPU and a torch that is new enough, that torch stays: it fits the driver. With a GPU and no
+# such torch, the newest is installed with the rest; without a GPU, the version the project is tested with.
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or newer is needed: make PYTHON=python3.x ..."; exit 1; }
+	@echo "setting up $(VENV) (once)"
+	@if ! nvidia-smi >/dev/null 2>&1; then \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet torch==2.13.0; \
+	elif $(PYTHON) -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' \
+		2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml | $(VENV)/.venv
+	@$(BIN)/pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.venv
+	@$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+$(WEIGHTS)/pyramid.json: | $(VENV)/.dev
+	@$(BIN)/python -m bench.smollm2 fetch --out $(WEIGHTS)
