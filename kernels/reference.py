@@ -134,14 +134,12 @@ def rotary_table(
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), 1).to(dtype)
 
 
-def apply_rope(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) of every head: y = x * (cos, cos) + (x_2, x_1) * (-sin, sin).
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) of every head: y = (x_1, x_2) * (cos, cos) + (x_2, x_1) * (-sin, sin).
 
-    x [T, heads, D] dtype, rotary [T, 2, D] dtype (rows of `rotary_table`) -> [T, heads, D] dtype.
+    x [T, heads, D] dtype; cos and sin [T, 1, D] dtype, rows of `rotary_table` -> [T, heads, D] dtype.
     """
-    first, second = x.chunk(2, -1)
-    cos, sin = rotary.unsqueeze(2).unbind(1)
-    return torch.addcmul(x * cos, torch.cat((second, first), -1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def write_cache(cache: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -155,9 +153,9 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
     positions [T] int64 -> [T * G, kv_bound] dtype, 0 where seen and -inf elsewhere, row t * G + g being query
     head g of its group at window row t.
     """
-    hidden = torch.arange(kv_bound, device=positions.device) > positions.unsqueeze(1)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -math.inf)
-    return mask.unsqueeze(1).expand(-1, group, -1).reshape(-1, kv_bound)
+    last = positions.repeat_interleave(group) if group > 1 else positions
+    hidden = torch.arange(kv_bound, device=positions.device) > last.unsqueeze(1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -math.inf)
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
@@ -177,9 +175,8 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tens
     length, heads, head_dim = q.shape
     kv_heads, bound = k_cache.shape[0], mask.shape[1]
     grouped = q.view(length, kv_heads, -1).transpose(0, 1).reshape(1, kv_heads, -1, head_dim)
-    out = functional.scaled_dot_product_attention(
-        grouped, k_cache[None, :, :bound], v_cache[None, :, :bound], attn_mask=mask, scale=head_dim**-0.5
-    )
+    keys, values = k_cache.narrow(1, 0, bound).unsqueeze(0), v_cache.narrow(1, 0, bound).unsqueeze(0)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return out.view(kv_heads, length, -1, head_dim).transpose(0, 1).reshape(length, heads * head_dim)
 
 

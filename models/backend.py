@@ -22,12 +22,13 @@ class Window:
 
     Attributes:
         positions: [T] int64, absolute positions start .. start + T - 1.
-        rotary: [T, 2, D] dtype, their rows of the rotary table.
+        cos, sin: [T, 1, D] dtype, their rows of the rotary table.
         mask: [T * G, kv_bound] dtype, 0 where a row sees a cache row and -inf elsewhere.
     """
 
     positions: Tensor
-    rotary: Tensor
+    cos: Tensor
+    sin: Tensor
     mask: Tensor
 
 
@@ -103,7 +104,8 @@ class TorchBackend:
         """See `Backend`."""
         positions = torch.arange(length, device=start.device).add_(start)
         mask = reference.causal_mask(positions, kv_bound, group, rotary.dtype)
-        return Window(positions, rotary.index_select(0, positions), mask)
+        cos, sin = rotary.index_select(0, positions).split(1, 1)
+        return Window(positions, cos, sin, mask)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """See `Backend`."""
@@ -124,10 +126,12 @@ class TorchBackend:
         kv_heads, _, head_dim = k_cache.shape
         normed = reference.rms_norm(x, norm, eps)
         joint = reference.linear(normed, weight, bias, swap=self.swap).view(x.shape[0], -1, head_dim)
-        rotated = reference.apply_rope(joint[:, :-kv_heads], window.rotary)
-        reference.write_cache(k_cache, rotated[:, -kv_heads:], window.positions)
-        reference.write_cache(v_cache, joint[:, -kv_heads:], window.positions)
-        return rotated[:, :-kv_heads]
+        heads = joint.shape[1] - 2 * kv_heads
+        qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
+        q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
+        reference.write_cache(k_cache, k, window.positions)
+        reference.write_cache(v_cache, v, window.positions)
+        return q
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`."""

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from pyramid_rt import api, directory, report
 from pyramid_rt.compare import compare
 from pyramid_rt.errors import InputError, PyramidError
+from pyramid_rt.params import Options
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
@@ -60,6 +61,7 @@ LOADING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--max-seq", int, "longest sequence, prompt included"),
     ("--backend", str, "torch"),
 )
+DEMO_BUDGET_SECONDS = 60.0
 DEMO_PREFIX = '''class Stack:
     """A last-in, first-out container."""
 
@@ -203,9 +205,9 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         console.print(report.machine(pyramid), style="dim")
         console.rule(f"a completion by {pyramid.default_method}, as it is committed")
         sys.stdout.write(DEMO_PREFIX)
-        with contextlib.closing(
-            pyramid.stream(DEMO_PREFIX, max_new_tokens=arguments.max_new_tokens)
-        ) as stream:
+        # Greedy, a model this small soon repeats itself.
+        sampling = Options(temperature=0.5, top_p=0.95, seed=2, max_new_tokens=arguments.max_new_tokens)
+        with contextlib.closing(pyramid.stream(DEMO_PREFIX, **sampling)) as stream:
             _show(stream)
             console.print(report.summary(stream.result), style="dim")
         console.rule("the methods on this machine")
@@ -216,9 +218,10 @@ def _run_demo(arguments: argparse.Namespace) -> int:
                 pyramid.methods,
                 max_new_tokens=arguments.max_new_tokens,
                 repeats=arguments.repeats,
+                budget=DEMO_BUDGET_SECONDS,
                 on_step=lambda method: status.update(f"measuring {method}"),
             )
-        report.print_comparison(console, rows, len(DEMO_PROMPTS))
+        report.print_comparison(console, rows, len(DEMO_PROMPTS), arguments.max_new_tokens)
     return 0
 
 

@@ -31,6 +31,7 @@ class MethodReport:
         acceptance: accepted over proposed, by name of proposing tier; None where nothing was proposed.
         differs: share of tokens that are not the target's own; None for a lossless method.
         unequal: prompts whose tokens are not those of the baseline.
+        repeats: how often everything was measured.
     """
 
     method: str
@@ -41,6 +42,7 @@ class MethodReport:
     acceptance: dict[str, float | None]
     differs: float | None
     unequal: int
+    repeats: int
 
 
 @dataclass
@@ -59,6 +61,7 @@ def compare(
     *,
     max_new_tokens: int,
     repeats: int = 3,
+    budget: float | None = None,
     on_step: Callable[[str], None] | None = None,
 ) -> list[MethodReport]:
     """Decode every prompt greedily by every method and measure.
@@ -71,7 +74,8 @@ def compare(
         prompts: at least one.
         methods: names, the baseline ``ar`` among them.
         max_new_tokens: length of each output.
-        repeats: how often everything is repeated.
+        repeats: how often everything is measured.
+        budget: seconds after which no further repeat begins, so that a slow machine is not kept for long.
         on_step: called before each generation with the method's name.
 
     Returns: one report per method, in the order given.
@@ -85,7 +89,10 @@ def compare(
     for method in methods:
         run(prompts[0], method, WARM_UP_TOKENS)
     tallies = {method: _Tally() for method in methods}
-    for _ in range(repeats):
+    begin = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat and budget is not None and time.perf_counter() - begin > budget:
+            break
         seconds = dict.fromkeys(methods, 0.0)
         for tally in tallies.values():
             tally.outputs, tally.stats = [], []
@@ -121,6 +128,7 @@ def _report(method: str, tally: _Tally, baseline: _Tally) -> MethodReport:
         if lossless
         else _mean([stats["differs"] for stats in tally.stats], list(map(len, tally.outputs))),
         unequal=sum(a != b for a, b in zip(tally.outputs, baseline.outputs, strict=True)),
+        repeats=len(tally.rates),
     )
 
 

@@ -61,7 +61,9 @@ def machine(pyramid: Pyramid) -> str:
     return f"{where} · {dtype} · torch {torch.__version__}"
 
 
-def print_comparison(console: Console, rows: Sequence[MethodReport], prompts: int) -> None:
+def print_comparison(
+    console: Console, rows: Sequence[MethodReport], prompts: int, max_new_tokens: int
+) -> None:
     """Print the table of methods and, in words, whether the lossless ones kept their promise."""
     names = list(dict.fromkeys(name for row in rows for name in row.acceptance))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -81,6 +83,10 @@ def print_comparison(console: Console, rows: Sequence[MethodReport], prompts: in
             "0" if row.lossless else _percent(row.differs),
         )
     console.print(table)
+    console.print(
+        f"Greedy, {prompts} prompts of {max_new_tokens} new tokens each, methods taking turns; "
+        f"median of {rows[0].repeats}."
+    )
     console.print(verdict(rows, prompts))
 
 

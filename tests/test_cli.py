@@ -228,7 +228,7 @@ def test_compare_takes_turns_and_sums_up() -> None:
 def test_the_verdict_says_so_when_lossless_is_not(wrong: str, words: str) -> None:
     rows = compare(FakePyramid(wrong), ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=1)
     out = io.StringIO()
-    report.print_comparison(Console(file=out, width=100), rows, 2)
+    report.print_comparison(Console(file=out, width=100), rows, 2, 5)
     assert words in out.getvalue()
     assert "25.0 %" in out.getvalue()
 

@@ -154,7 +154,7 @@ def test_rotary_table_and_rotation_equal_transformers(
     torch.testing.assert_close(rotary[:, 1, 32:], sin[0, :, 32:], rtol=0, atol=2e-7)
     x = normal(7, 3, 64, dtype=dtype)
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
-    out = reference.apply_rope(x, rotary)
+    out = reference.apply_rope(x, *rotary.split(1, 1))
     assert out.dtype == dtype
     torch.testing.assert_close(
         out, expected[0].transpose(0, 1), rtol=4 * unit_roundoff(dtype), atol=8 * unit_roundoff(dtype)
@@ -165,14 +165,15 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     table = reference.rotary_table("default", 64, 32, theta=10000.0)
     q, k = normal(1, 1, 32), normal(1, 1, 32, seed=1)
 
+    def at(x: Tensor, position: int) -> Tensor:
+        return reference.apply_rope(x, *table[position : position + 1].split(1, 1))
+
     def score(i: int, j: int) -> float:
-        return float(
-            (reference.apply_rope(q, table[i : i + 1]) * reference.apply_rope(k, table[j : j + 1])).sum()
-        )
+        return float((at(q, i) * at(k, j)).sum())
 
     assert score(40, 33) == pytest.approx(score(9, 2), abs=1e-4)
     assert score(40, 33) != pytest.approx(score(33, 40), abs=1e-2)
-    rotated = reference.apply_rope(q, table[50:51])
+    rotated = at(q, 50)
     assert float(rotated.norm()) == pytest.approx(float(q.norm()), rel=1e-6)
 
 
