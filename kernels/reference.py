@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Widest window for which one product W x^T beats x W^T when the matrices stream from memory.
-SWAP_MAX_ROWS = 6
+# Rows of a window -> columns of the products W x^T that compute it, where the matrices stream from memory. At an
+# even width up to four a BLAS reads a matrix at full speed; one column, its matrix-vector product, and three are
+# slower than one more. Wider windows gain nothing over x W^T. Measured with the MKL of torch 2.13.
+SWAP_COLUMNS = {1: (2,), 2: (2,), 3: (4,), 4: (4,), 5: (5,), 6: (4, 2), 7: (4, 4), 8: (4, 4)}
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 
@@ -28,19 +30,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swap: bool 
         x: [T, K] dtype, contiguous.
         weight: [N, K] dtype.
         bias: [N] dtype, or None.
-        swap: compute narrow windows as (W x^T)^T. The values agree to rounding. For float32 matrices that do
-            not fit a CPU's cache this reads memory at nearly full speed, where the plain form does not; one
-            column and three columns go through a slow path of the BLAS, so they are padded to two and four.
+        swap: compute narrow windows as (W x^T)^T, by SWAP_COLUMNS. The values agree to rounding. For float32
+            matrices that do not fit a CPU's cache this reads memory at nearly full speed, where the plain form
+            does not; a window may be padded by a row to a faster width.
 
     Returns:
         [T, N] dtype, contiguous.
     """
     rows = x.shape[0]
-    if not swap or rows > SWAP_MAX_ROWS:
+    if not swap or rows not in SWAP_COLUMNS:
         return functional.linear(x, weight, bias)
-    if rows in (1, 3):
+    columns = SWAP_COLUMNS[rows]
+    if sum(columns) > rows:
         x = torch.cat((x, x[:1]))
-    y = torch.mm(weight, x.t())[:, :rows].t().contiguous()
+    y = torch.cat([torch.mm(weight, part.t()).t() for part in x.split_with_sizes(columns)])[:rows]
     return y if bias is None else y.add_(bias)
 
 
@@ -54,7 +57,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [T, N] and weight [N] dtype -> [T, N] dtype.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    if x.dtype in (torch.float32, torch.float64):
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype) * weight
 
@@ -153,9 +158,9 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
     positions [T] int64 -> [T * G, kv_bound] dtype, 0 where seen and -inf elsewhere, row t * G + g being query
     head g of its group at window row t.
     """
-    last = positions.repeat_interleave(group) if group > 1 else positions
-    hidden = torch.arange(kv_bound, device=positions.device) > last.unsqueeze(1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -math.inf)
+    last = positions.unsqueeze(1).expand(-1, group).reshape(-1, 1)
+    hidden = torch.arange(kv_bound, device=positions.device) > last
+    return torch.where(hidden, -math.inf, 0.0).to(dtype)
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:

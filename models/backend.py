@@ -104,7 +104,7 @@ class TorchBackend:
         """See `Backend`."""
         positions = torch.arange(length, device=start.device).add_(start)
         mask = reference.causal_mask(positions, kv_bound, group, rotary.dtype)
-        cos, sin = rotary.index_select(0, positions).split(1, 1)
+        cos, sin = rotary.index_select(0, positions).chunk(2, 1)
         return Window(positions, cos, sin, mask)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:

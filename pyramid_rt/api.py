@@ -8,7 +8,7 @@ from typing import Unpack
 
 import torch
 
-from pyramid_rt.directory import PyramidDirectory, check_family
+from pyramid_rt.directory import PYRAMID_FILE, PyramidDirectory, check_family
 from pyramid_rt.errors import InputError
 from pyramid_rt.memory import MemoryPlan, plan_memory
 from pyramid_rt.methods import best_method, rules_of
@@ -67,6 +67,7 @@ def load(
     make_backend(backend, place)
     max_seq = _max_seq(max_seq, configs)
     host_control = control != "device" and (control == "host" or place.type == "cpu")
+    _check_defaults(directory)
     plan = _memory_plan(configs, directory.defaults, vocab_size, max_seq, kind, place, host_control)
     plan.check()
     tiers = [
@@ -143,6 +144,14 @@ def _max_seq(asked: int | None, configs: dict[str, LlamaConfig]) -> int:
     if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= allowed:
         raise InputError(f"max_seq must be an integer in 2..{allowed}, the models' context; found {asked!r}")
     return asked
+
+
+def _check_defaults(directory: PyramidDirectory) -> None:
+    """Refuse bad values in a `pyramid.json` by the name of the file too."""
+    try:
+        SamplingParams.build({}, directory.defaults)
+    except InputError as error:
+        raise InputError(f"{directory.path / PYRAMID_FILE}, 'defaults': {error}") from error
 
 
 def _longest_context(config: LlamaConfig) -> int:

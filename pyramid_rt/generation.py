@@ -89,6 +89,15 @@ class Generation:
         rows: list[list[int]] = self._state.counters.tolist()
         return rows
 
+    def survived(self) -> list[int]:
+        """Per tier, the tokens it put there among those committed after the prompt's first."""
+        origin = self._state.origin[len(self._prompt) + 1 : self._end]
+        return (
+            torch.bincount(origin, minlength=self._plan.tiers).tolist()
+            if origin.numel()
+            else [0] * self._plan.tiers
+        )
+
     def _write_request(self, params: SamplingParams, seed: int, stop_ids: Sequence[int]) -> None:
         state, device = self._state, self._state.tokens.device
         state.tokens[: self._end].copy_(torch.tensor(self._prompt, device=device))

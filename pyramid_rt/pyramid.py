@@ -330,6 +330,7 @@ class _Run:
             all(rule.lossless for rule in request.plan.rules[-1:]),
             [tier.name for tier in request.tiers],
             generation.counters(),
+            generation.survived(),
             generation.clock.seconds(),
             prompt_tokens=len(request.prompt),
             new_tokens=len(self.tokens),

@@ -7,6 +7,7 @@ round is over. Both ways run the same lines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -113,7 +114,8 @@ class Recursion:
                 row = (base - 1 - state.cached[0]).clamp(0, width - 1).reshape(1)
                 raw = self._window(0, width, row)
             else:
-                live = live & self._unfinished()
+                # Under host control the burst was cut to the limit beforehand.
+                live = live & (~state.ended if plan.host_control else self._unfinished())
                 # The one token the draft has not seen; in a step that is not live, some row past `cached`.
                 raw = self._run(0, tokens[-1], state.end - 1, self._steps[:1], self._bound(base, step))
             token, peak = self._own_tokens(raw, state.end.reshape(1))
@@ -121,7 +123,7 @@ class Recursion:
             peaks.append(peak)
             if plan.tiers == 1:
                 self._keep_logprobs(raw)
-            else:
+            elif plan.keep_own[0] or plan.keep_effective[0]:
                 processed = self._logprobs(raw) if plan.keep_effective[0] else None
                 self._keep_rows(0, state.end - base, raw, processed)
             self._put(token, live)
@@ -129,10 +131,7 @@ class Recursion:
         self._note_bad(0, torch.cat(peaks), positions, positions < state.end)
         state.origin.index_put_((positions,), self._levels[:1])
         state.cached[0].copy_(torch.where(active, state.end - 1, state.cached[0]))
-        drawn = state.end - base
-        state.counters[0, COLUMN["forwards"]] += drawn
-        if plan.tiers == 1:
-            state.counters[0, COLUMN["survived"]] += drawn
+        state.counters[0, COLUMN["forwards"]] += state.end - base
 
     # Verifying
 
@@ -165,12 +164,13 @@ class Recursion:
         if rule.residual:
             token = torch.where(whole, token, self._residual(evidence, below, accepted, position))
 
-        if up:
+        if up and (plan.keep_own[level] or plan.keep_effective[level]):
             self._keep_rows(
                 level, proposal - base, raw, self._handed_up(verdict, evidence, processed, prefix)
             )
-        differing = (prefix * (evidence.proposed != own[:most])).sum(0)
-        self._count(below, active, count, accepted, whole, replace, differing)
+        # Where standing means being the own token there is nothing to count.
+        differing = None if rule.lossless else (prefix * (evidence.proposed != evidence.own)).sum(0)
+        self._count(below, active, count, accepted, differing, torch.stack((whole, replace, active)))
         state.ended.copy_(torch.where(active, state.ended & whole, state.ended))
         state.end.copy_(torch.where(active, position, state.end))
         for tier in range(level):
@@ -182,7 +182,6 @@ class Recursion:
         self._put(token, replace)
         if not up:
             self._keep_logprobs(raw)
-            self._count_survivors(proposal, positions)
 
     def _evidence(
         self, below: int, raw: Tensor, processed: Tensor | None, own: Tensor, positions: Tensor, most: int
@@ -307,6 +306,8 @@ class Recursion:
 
     def _note_bad(self, level: int, peak: Tensor, positions: Tensor, valid: Tensor) -> None:
         """Remember the first valid position [R] whose row had NaN, +inf or nothing but -inf."""
+        if self.plan.host_control and math.isfinite(float(peak.sum())):
+            return
         found = torch.where(valid & ~peak.isfinite(), positions, NO_POSITION).amin(0)
         bad = self.state.bad[level]
         bad.copy_(torch.minimum(bad, found))
@@ -317,21 +318,18 @@ class Recursion:
         active: Tensor,
         count: Tensor,
         accepted: Tensor,
-        whole: Tensor,
-        replace: Tensor,
-        differing: Tensor,
+        differing: Tensor | None,
+        flags: Tensor,
     ) -> None:
-        """Add one verify to the counters of the stage above tier `below` (order of `state.COUNTERS`)."""
-        made = torch.stack((count, accepted, (~whole).long(), replace.long(), active.long(), differing))
-        self.state.counters[below, : made.shape[0]] += made * active
-        self.state.counters[below + 1, COLUMN["forwards"]] += active
+        """Add one verify to the counters of the stage above tier `below`.
 
-    def _count_survivors(self, base: Tensor, positions: Tensor) -> None:
-        """Count, per tier, the committed tokens of this round that it put there."""
-        committed = positions < self.state.end
-        origin = self.state.origin.gather(0, positions)
-        hits = (origin.unsqueeze(0) == self._levels.unsqueeze(-1)) & committed
-        self.state.counters[:, COLUMN["survived"]] += hits.sum(-1)
+        `flags` is bool [3]: accepted as a whole, replacement put, active. Columns in the order of `COUNTERS`.
+        """
+        numbers = torch.stack((count, accepted, accepted - accepted if differing is None else differing))
+        made = torch.cat((numbers, flags)) * active
+        counters = self.state.counters
+        counters[below, : made.shape[0]] += made
+        counters[below + 1, COLUMN["forwards"]] += active
 
 
 class _NoiseRows:

@@ -18,10 +18,10 @@ from pyramid_rt.rules import Rule, rows_needed
 MAX_WINDOW = SLACK_ROWS  # a window that starts at the end of the context must fit into the slack
 NO_POSITION = 2**62
 
-# Columns of `State.counters`, one row per tier. All but the last two belong to the stage above the tier.
-COUNTERS = (
-    "proposed", "accepted", "rejections", "replacements", "verifies", "differs", "survived", "forwards",
-)  # fmt: skip
+# Columns of `State.counters`, one row per tier. All but the last belong to the stage above the tier: tokens
+# verified, those that stood, those of them that are not the verifying tier's own; verifies that let a whole
+# proposal stand, that put a correction or bonus, and all of them. The last counts the tier's own forwards.
+COUNTERS = ("proposed", "accepted", "differs", "whole", "replacements", "verifies", "forwards")
 COLUMN = {name: index for index, name in enumerate(COUNTERS)}
 
 

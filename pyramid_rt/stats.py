@@ -128,23 +128,22 @@ def summarise(
     lossless: bool,
     names: Sequence[str],
     counters: Sequence[Sequence[int]],
+    survived: Sequence[int],
     seconds: Sequence[float],
     prompt_tokens: int,
     new_tokens: int,
     timing: Timing,
 ) -> Stats:
-    """Statistics from the device counters (`State.counters`, one row per tier) and the clocks."""
-    tiers = tuple(
-        _tier_stats(name, row, spent, proposing=level < len(names) - 1)
-        for level, (name, row, spent) in enumerate(zip(names, counters, seconds, strict=True))
-    )
+    """Statistics from the device counters (`State.counters`, one row per tier), origins and clocks."""
+    rows = zip(names, counters, survived, seconds, strict=True)
+    tiers = tuple(_tier_stats(*row, proposing=level < len(names) - 1) for level, row in enumerate(rows))
     forwards = counters[-1][COLUMN["forwards"]]
     if len(names) > 1:
         top = counters[-2]
         committed = top[COLUMN["accepted"]] + top[COLUMN["replacements"]]
         differs = None if lossless else ratio(top[COLUMN["differs"]], committed)
     else:
-        committed, differs = counters[0][COLUMN["survived"]], None
+        committed, differs = survived[0], None
     after_first = None if timing.first_token is None else timing.total - timing.first_token
     return Stats(
         method=method,
@@ -162,9 +161,11 @@ def summarise(
     )
 
 
-def _tier_stats(name: str, row: Sequence[int], seconds: float, proposing: bool) -> TierStats:
+def _tier_stats(
+    name: str, row: Sequence[int], survived: int, seconds: float, *, proposing: bool
+) -> TierStats:
     count = {column: row[index] for column, index in COLUMN.items()}
-    own = TierStats(name, count["forwards"], seconds, count["survived"])
+    own = TierStats(name, count["forwards"], seconds, survived)
     if not proposing:
         return own
     accepted, proposed, verifies = count["accepted"], count["proposed"], count["verifies"]
@@ -172,11 +173,11 @@ def _tier_stats(name: str, row: Sequence[int], seconds: float, proposing: bool) 
         name=name,
         forwards=own.forwards,
         seconds=seconds,
-        survived=own.survived,
+        survived=survived,
         proposed=proposed,
         accepted=accepted,
         acceptance_rate=ratio(accepted, proposed),
-        position_acceptance=ratio(accepted, accepted + count["rejections"]),
+        position_acceptance=ratio(accepted, accepted + verifies - count["whole"]),
         block_efficiency=ratio(accepted + count["replacements"], proposed + verifies),
         mean_accepted=ratio(accepted, verifies),
     )
