@@ -163,6 +163,33 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
     return torch.where(hidden, -math.inf, 0.0).to(dtype)
 
 
+def tree_mask(
+    start: Tensor, ancestors: Tensor, kv_bound: int, group: int, dtype: torch.dtype, *, length: int
+) -> Tensor:
+    """What a tree's row t may see: cache rows below start, and window rows start + j with bit j of ancestors[t].
+
+    start one int64, ancestors [>= T] int64 -> [T * G, kv_bound] dtype as `causal_mask`.
+    """
+    node = torch.arange(kv_bound, device=start.device) - start
+    bits = (ancestors[:length].unsqueeze(1) >> node.clamp(0, 63)) & 1
+    hidden = ((node >= 0) & ((bits == 0) | (node >= length))).repeat_interleave(group, 0)
+    return torch.zeros(hidden.shape, dtype=dtype, device=start.device).masked_fill_(hidden, -math.inf)
+
+
+def compact(cache: Tensor, start: Tensor, path: Tensor, count: Tensor) -> None:
+    """Move a tree's accepted rows together: row start + i becomes what row start + path[i] was, i < count.
+
+    Args:
+        cache: [..., S, D] of any dtype; a token buffer [S] int64 goes in as its view [S, 1].
+        start: one int64, absolute position of window row 0; start + 64 <= S.
+        path: [64] int64 window row indices; those from count on may hold anything within 0 .. 63.
+        count: one int64, 0 .. 64.
+    """
+    index = torch.arange(path.shape[0], device=path.device)
+    source = start + torch.where(index < count, path, index)
+    cache.index_copy_(-2, start + index, cache.index_select(-2, source))
+
+
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v over the first rows of a cache, query heads sharing K and V.
 

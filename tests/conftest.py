@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU the kernels run under Triton's interpreter, which reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyramid_rt import Pyramid, load
+
+
+def add_bench() -> None:
+    """Make `bench` importable without the root on the path, where `kernels` would shadow another project's."""
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    spec = importlib.util.spec_from_file_location(
+        "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
+
+
+add_bench()
 
 LAYERS = {"draft": 1, "qualifier": 2, "target": 4}
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

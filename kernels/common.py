@@ -1,0 +1,427 @@
+"""What the projection kernels share: launches as data, argument checks, and the invariant product of a tile.
+
+Every product is y^T = W x^T over tiles of weight rows and 16 window columns. A wider window is several such
+sub-tiles against the same weight tile, never a wider one, and each element has one accumulator that sees K in
+ascending steps of BLOCK_K. Where K is split, the last program to arrive adds the partial sums in the order of
+their splits. So a row's bits depend neither on T nor on its place in the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyramid_rt.kernels.configs import ProjectionConfig
+
+# Rows of every window buffer, and the widest window.
+WINDOW = 64
+# Columns of one product: the narrowest that sm_90 multiplies from shared memory without serialising.
+COLUMNS = 16
+# Channels that share one partial sum of squares.
+CHANNELS = 64
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as data: what `run` starts and what a compiler without a GPU can look at.
+
+    Attributes:
+        kernel: a function under `triton.jit`.
+        grid: programs per axis.
+        args: positional arguments, tensors and numbers.
+        kwargs: the kernel's constexprs and the compiler's options.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> None:
+        """Start it on the current stream."""
+        self.kernel[self.grid](*self.args, **self.kwargs)
+
+    def warmup(self) -> Any:
+        """Compile it as `run` would, without starting it; the compiled kernel."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Scratch of products split along K. Launches of one stream share it; two streams must not.
+
+    Attributes:
+        partials: [n] float32, any contents.
+        counters: [m] int32, zero before the first launch; every launch leaves them zero.
+    """
+
+    partials: Tensor
+    counters: Tensor
+
+    @classmethod
+    def allocate(cls, partials: int, counters: int, device: torch.device) -> Workspace:
+        """Room for the largest of `partial_elements` and `counter_elements` over all launches that share it."""
+        return cls(
+            torch.empty(max(partials, 1), dtype=torch.float32, device=device),
+            torch.zeros(max(counters, 1), dtype=torch.int32, device=device),
+        )
+
+
+def tiles(size: int, block: int) -> int:
+    """Blocks that cover `size`."""
+    return -(-size // block)
+
+
+def partial_elements(rows: int, block_n: int, splits: int) -> int:
+    """Elements of `Workspace.partials` that a product of `rows` weight rows needs."""
+    return tiles(rows, block_n) * block_n * WINDOW * splits if splits > 1 else 0
+
+
+def counter_elements(rows: int, block_n: int, splits: int) -> int:
+    """Elements of `Workspace.counters` that a product of `rows` weight rows needs."""
+    return tiles(rows, block_n) * (WINDOW // COLUMNS) if splits > 1 else 0
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether a kernel runs in Triton's interpreter, whose bfloat16 `tl.dot` is wrong without a word."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    device: torch.device,
+    *,
+    contiguous: bool = False,
+) -> None:
+    """Refuse a tensor that a kernel does not take. None in `shape` is any size.
+
+    The last axis must be dense; with `contiguous` all of them. Strides must not overlap (an expanded tensor).
+
+    Raises:
+        ValueError: names the argument, what was found and what was expected.
+    """
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, allowed))}")
+    wrong = any(want is not None and size != want for size, want in zip(tensor.shape, shape, strict=False))
+    if tensor.dim() != len(shape) or wrong:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({expected})")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+    if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected 1 along the last axis")
+    if tensor.dim() > 1 and tensor.stride(-2) < tensor.shape[-1] and tensor.shape[-2] > 1:
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected rows that do not overlap")
+
+
+def check_length(length: int) -> None:
+    """Refuse a window of no rows or of more than 64."""
+    if not 1 <= length <= WINDOW:
+        raise ValueError(f"length is {length}, expected 1 to {WINDOW}")
+
+
+def check_workspace(workspace: Workspace, rows: int, block_n: int, splits: int, device: torch.device) -> None:
+    """Refuse a workspace that is too small for a product of `rows` weight rows, or of another type."""
+    check_tensor("workspace.partials", workspace.partials, (None,), torch.float32, device, contiguous=True)
+    check_tensor("workspace.counters", workspace.counters, (None,), torch.int32, device, contiguous=True)
+    for name, tensor, need in (
+        ("partials", workspace.partials, partial_elements(rows, block_n, splits)),
+        ("counters", workspace.counters, counter_elements(rows, block_n, splits)),
+    ):
+        if tensor.numel() < need:
+            raise ValueError(f"workspace.{name} holds {tensor.numel()} elements, expected at least {need}")
+
+
+def product_options(kernel: Any, config: ProjectionConfig, width: int) -> dict[str, Any]:
+    """The constexprs and compiler options that every projection kernel takes, for K = `width`."""
+    return {
+        "SUBS": config.sub_tiles,
+        "SPLITS": config.splits,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "NARROW_STAGES": config.narrow_stages,
+        "WIDE_STAGES": config.wide_stages,
+        "EVEN": width % config.block_k == 0,
+        "UPCAST": interpreted(kernel),
+        "num_warps": config.num_warps,
+        # Fusion would be the compiler's choice, and could differ between the two widths of one kernel.
+        "enable_fp_fusion": False,
+    }
+
+
+def product_grid(config: ProjectionConfig, rows: int, length: int) -> tuple[int, int, int]:
+    """Column tiles (neighbours share weights in L2), tiles of weight rows, splits along K."""
+    columns = tiles(length, COLUMNS) if config.sub_tiles == 1 else 1
+    return columns, tiles(rows, config.block_n), config.splits
+
+
+def tile_log2(width: int) -> int:
+    """log2 of the partial sums of squares per row, rounded up to a power of two."""
+    return (tiles(width, CHANNELS) - 1).bit_length()
+
+
+@triton.jit
+def tree_sum(x: tl.tensor, ROWS: tl.constexpr, LOG2: tl.constexpr) -> tl.tensor:
+    """Sums along the last axis, [ROWS, 2^LOG2] -> [ROWS], by adding neighbours.
+
+    `tl.sum` adds in an order that follows from how the compiler spreads the block over threads; this order is
+    part of the program, so every kernel, window width and architecture has the same.
+    """
+    for i in tl.static_range(LOG2):
+        even, odd = tl.split(tl.reshape(x, (ROWS, 1 << (LOG2 - 1 - i), 2)))
+        x = even + odd
+    return tl.reshape(x, (ROWS,))
+
+
+@triton.jit
+def split_pairs(x: tl.tensor, PAIRS: tl.constexpr, COLS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Even and odd rows: [2 PAIRS, COLS] -> two of [PAIRS, COLS]."""
+    first, second = tl.split(tl.permute(tl.reshape(x, (PAIRS, 2, COLS)), (0, 2, 1)))
+    return first, second
+
+
+@triton.jit
+def round_to(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
+    """A float32 value as `dtype` can hold it, rounded to nearest even, still float32.
+
+    The interpreter (UPCAST) truncates to bfloat16, so there the bits are rounded by hand. Whoever stores a
+    rounded value converts it without loss.
+    """
+    rounded = x
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = bits.to(tl.float32, bitcast=True)
+    else:
+        rounded = x.to(dtype).to(tl.float32)
+    return rounded
+
+
+@triton.jit
+def window_rows(
+    rows_ptr: tl.tensor, first: tl.tensor, length: tl.tensor, GATHER: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Rows of x behind 16 columns from `first` on, and which of them are wanted. [16] int64 and bool."""
+    column = first + tl.arange(0, 16)
+    keep = column < length
+    row = column.to(tl.int64)
+    if GATHER:
+        row = tl.load(rows_ptr + column, mask=keep, other=0).to(tl.int64)
+    return row, keep
+
+
+@triton.jit
+def inverse_rms(
+    sumsq_ptr: tl.tensor,
+    row: tl.tensor,
+    keep: tl.tensor,
+    width: tl.tensor,
+    eps: tl.tensor,
+    LOG2: tl.constexpr,
+) -> tl.tensor:
+    """1 / sqrt(mean(x^2) + eps) of 16 rows from the partial sums [ceil(width / 64), 64] float32.
+
+    Each use in a kernel reduces a block of this one shape and origin, so the compiler gives all of them one
+    layout and one order. A tree by hand would hold a whole row of partial sums in every thread, and spill.
+    """
+    tile = tl.arange(0, 1 << LOG2)
+    mask = keep[:, None] & (tile[None, :] * 64 < width)
+    parts = tl.load(sumsq_ptr + tile[None, :] * 64 + row[:, None], mask=mask, other=0.0)
+    total = tl.sum(parts, 1)
+    return tl.rsqrt(total / width.to(tl.float32) + eps)
+
+
+@triton.jit
+def load_tile(
+    ptr: tl.tensor,
+    row: tl.tensor,
+    stride: tl.tensor,
+    keep: tl.tensor,
+    k: tl.tensor,
+    K: tl.tensor,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """Rows of a matrix, [rows, BLOCK_K] at columns k; 0 where not kept or past K."""
+    pointers = ptr + row[:, None] * stride + k[None, :]
+    mask = keep[:, None]
+    if not EVEN:
+        mask = mask & (k[None, :] < K)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_product(
+    w: tl.tensor,
+    x: tl.tensor,
+    gain: tl.tensor,
+    scale: tl.tensor,
+    acc: tl.tensor,
+    NORM: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tl.tensor:
+    """acc + w x^T of weights [BLOCK_N, BLOCK_K] and rows x [16, BLOCK_K], normalised first with NORM."""
+    if NORM:
+        # As transformers rounds: the quotient to the model's type, then the product with the weight.
+        normed = round_to(x.to(tl.float32) * scale[:, None], w.dtype, UPCAST) * gain.to(tl.float32)
+        x = round_to(normed, w.dtype, UPCAST).to(w.dtype)
+    if UPCAST:
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_product(
+    w_ptr: tl.tensor,
+    w_row: tl.tensor,
+    stride_w: tl.tensor,
+    w_keep: tl.tensor,
+    x_ptr: tl.tensor,
+    stride_x: tl.tensor,
+    rows_ptr: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    first: tl.tensor,
+    length: tl.tensor,
+    split: tl.tensor,
+    K: tl.tensor,
+    NORM: tl.constexpr,
+    GATHER: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """W x^T over this split's part of K, for SUBS (1 or 4) sub-tiles of 16 columns: four [BLOCK_N, 16] float32.
+
+    With SUBS = 1 the last three are the first again.
+    """
+    row0, keep0 = window_rows(rows_ptr, first, length, GATHER)
+    row1, keep1 = row0, keep0
+    row2, keep2 = row0, keep0
+    row3, keep3 = row0, keep0
+    if SUBS == 4:
+        row1, keep1 = window_rows(rows_ptr, first + 16, length, GATHER)
+        row2, keep2 = window_rows(rows_ptr, first + 32, length, GATHER)
+        row3, keep3 = window_rows(rows_ptr, first + 48, length, GATHER)
+    scale0 = tl.full((16,), 1.0, tl.float32)
+    if NORM:
+        scale0 = inverse_rms(sumsq_ptr, row0, keep0, K, eps, NORM_LOG2)
+    scale1, scale2, scale3 = scale0, scale0, scale0
+    if NORM and SUBS == 4:
+        scale1 = inverse_rms(sumsq_ptr, row1, keep1, K, eps, NORM_LOG2)
+        scale2 = inverse_rms(sumsq_ptr, row2, keep2, K, eps, NORM_LOG2)
+        scale3 = inverse_rms(sumsq_ptr, row3, keep3, K, eps, NORM_LOG2)
+    acc0 = tl.zeros((BLOCK_N, 16), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    begin = split * share
+    zero = tl.zeros((16,), tl.int64)
+    for base in tl.range(begin, tl.minimum(begin + share, K), BLOCK_K, num_stages=STAGES):
+        k = base + tl.arange(0, BLOCK_K)
+        w = load_tile(w_ptr, w_row, stride_w, w_keep, k, K, EVEN)
+        x0 = load_tile(x_ptr, row0, stride_x, keep0, k, K, EVEN)
+        gain = x0
+        if NORM:
+            # One row of weights read as a block: as a vector it is too narrow for an asynchronous copy, and
+            # every step would wait for it.
+            gain = load_tile(norm_ptr, zero, stride_x, keep0, k, K, EVEN)
+        acc0 = add_product(w, x0, gain, scale0, acc0, NORM, UPCAST)
+        if SUBS == 4:
+            x1 = load_tile(x_ptr, row1, stride_x, keep1, k, K, EVEN)
+            x2 = load_tile(x_ptr, row2, stride_x, keep2, k, K, EVEN)
+            x3 = load_tile(x_ptr, row3, stride_x, keep3, k, K, EVEN)
+            acc1 = add_product(w, x1, gain, scale1, acc1, NORM, UPCAST)
+            acc2 = add_product(w, x2, gain, scale2, acc2, NORM, UPCAST)
+            acc3 = add_product(w, x3, gain, scale3, acc3, NORM, UPCAST)
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def partial_offsets(
+    tile: tl.tensor, split: tl.tensor, column: tl.tensor, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tl.tensor:
+    """Where a split's [BLOCK_N, 16] partial of the 16 columns from `column` on lies in the workspace."""
+    block = ((tile * SPLITS + split).to(tl.int64) * 4 + column // 16) * (BLOCK_N * 16)
+    return block + tl.arange(0, BLOCK_N)[:, None] * 16 + tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def arrive(counters_ptr: tl.tensor, index: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
+    """Count a split as done, after its partials are stored; whether it was the last one."""
+    # Triton 3.6 puts no barrier before an atomic of its own: without this one, other warps' partials may
+    # still be on their way when the count goes up.
+    tl.debug_barrier()
+    last = tl.atomic_add(counters_ptr + index, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        tl.store(counters_ptr + index, 0)
+    return last
+
+
+@triton.jit
+def combine(
+    acc0: tl.tensor,
+    acc1: tl.tensor,
+    acc2: tl.tensor,
+    acc3: tl.tensor,
+    partials_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    tile: tl.tensor,
+    split: tl.tensor,
+    first: tl.tensor,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The sums over all splits, in the order of the splits, in the program that arrives last.
+
+    Returns the four sums and whether this program has them.
+    """
+    last = first >= 0
+    if SPLITS > 1:
+        tl.store(partials_ptr + partial_offsets(tile, split, first, SPLITS, BLOCK_N), acc0)
+        if SUBS == 4:
+            tl.store(partials_ptr + partial_offsets(tile, split, first + 16, SPLITS, BLOCK_N), acc1)
+            tl.store(partials_ptr + partial_offsets(tile, split, first + 32, SPLITS, BLOCK_N), acc2)
+            tl.store(partials_ptr + partial_offsets(tile, split, first + 48, SPLITS, BLOCK_N), acc3)
+        last = arrive(counters_ptr, tile * 4 + first // 16, SPLITS)
+        if last:
+            acc0 = sum_partials(partials_ptr, tile, first, SPLITS, BLOCK_N)
+            if SUBS == 4:
+                acc1 = sum_partials(partials_ptr, tile, first + 16, SPLITS, BLOCK_N)
+                acc2 = sum_partials(partials_ptr, tile, first + 32, SPLITS, BLOCK_N)
+                acc3 = sum_partials(partials_ptr, tile, first + 48, SPLITS, BLOCK_N)
+    return acc0, acc1, acc2, acc3, last
+
+
+@triton.jit
+def sum_partials(
+    partials_ptr: tl.tensor, tile: tl.tensor, column: tl.tensor, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tl.tensor:
+    """Partial sums of 16 columns added in the order of the splits: [BLOCK_N, 16] float32."""
+    total = tl.load(partials_ptr + partial_offsets(tile, 0, column, SPLITS, BLOCK_N), cache_modifier=".cg")
+    for s in tl.static_range(1, SPLITS):
+        offsets = partial_offsets(tile, s, column, SPLITS, BLOCK_N)
+        total += tl.load(partials_ptr + offsets, cache_modifier=".cg")
+    return total

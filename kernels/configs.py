@@ -1,0 +1,119 @@
+"""Frozen launch configurations of the projection kernels, per architecture.
+
+Nothing is tuned while decoding: an autotuner inside a graph capture breaks the capture, and two machines would
+add in different orders. BLOCK_K and the splits fix the order of additions along K, so they depend on the op,
+the matrix shape, the type and the architecture, never on the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Op = Literal["qkv", "project", "gate_up", "head"]
+ARCHITECTURES = (80, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionConfig:
+    """How one product is cut and compiled.
+
+    Attributes:
+        block_n: weight rows of a program, a multiple of 64 where sums of squares are made.
+        block_k: step along K.
+        splits: programs that share one tile's K.
+        sub_tiles: 16-column sub-tiles a program holds at once for a window of more than 16 rows: 4, or 1 where
+            four do not fit the registers; the rest of the window is then other programs' work.
+        num_warps, narrow_stages, wide_stages: warps, and pipeline depth up to 16 rows and above.
+    """
+
+    block_n: int
+    block_k: int
+    splits: int
+    sub_tiles: int
+    num_warps: int
+    narrow_stages: int
+    wide_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What the choice of an architecture's configurations rests on.
+
+    Attributes:
+        programs: programs that should be in flight together, about two per multiprocessor.
+        sub_tiles: see `ProjectionConfig`.
+        plain, normed: (bytes of a weight row per step, narrow stages, wide stages) without and with a norm in
+            front. A norm keeps the window's tiles in registers, which long steps would spill.
+    """
+
+    programs: int
+    sub_tiles: int
+    plain: tuple[int, int, int]
+    normed: tuple[int, int, int]
+
+
+# Fixed per architecture and not per device: two cards of one architecture give the same bits.
+_MACHINES = {
+    80: _Machine(216, 4, (128, 5, 4), (128, 5, 4)),
+    89: _Machine(256, 4, (128, 4, 3), (128, 4, 3)),
+    90: _Machine(264, 4, (256, 4, 3), (128, 6, 4)),
+    # Four sub-tiles spill here with Triton 3.6, so every program takes 16 columns.
+    100: _Machine(296, 1, (256, 4, 4), (128, 6, 6)),
+    120: _Machine(340, 4, (128, 4, 3), (128, 4, 3)),
+}
+# No split leaves a program with fewer bytes of each weight row than this: its pipeline would never fill.
+_LEAST_BYTES = 1024
+_MOST_SPLITS = 8
+
+
+def architecture(device: torch.device) -> int:
+    """The architecture whose configurations a device uses: its own, or the nearest below it.
+
+    Without a GPU, that of sm_80; the interpreter does not care.
+
+    Raises:
+        ValueError: the device is older than sm_80.
+    """
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [arch for arch in ARCHITECTURES if arch <= major * 10 + minor]
+    if not known:
+        raise ValueError(f"device {device} is sm_{major}{minor}, expected sm_80 or newer")
+    return known[-1]
+
+
+def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dtype) -> ProjectionConfig:
+    """The configuration of a product with a weight matrix [rows, width].
+
+    Args:
+        op: which kernel.
+        arch: one of `ARCHITECTURES`.
+        rows: N. width: K.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: an architecture without configurations.
+    """
+    if arch not in _MACHINES:
+        raise ValueError(f"arch is {arch}, expected one of {', '.join(map(str, ARCHITECTURES))}")
+    machine = _MACHINES[arch]
+    bytes_k, narrow_stages, wide_stages = machine.plain if op == "project" else machine.normed
+    block_n, block_k = 64, bytes_k // dtype.itemsize
+    steps, programs = -(-width // block_k), -(-rows // block_n)
+    splits = 1
+    # A grid of three quarters of the wanted programs is left as it is: doubling it would cost more in partial
+    # sums than the idle quarter does.
+    while (
+        op != "head"
+        and splits < _MOST_SPLITS
+        and 4 * programs * splits < 3 * machine.programs
+        and steps * bytes_k >= 2 * splits * _LEAST_BYTES
+    ):
+        splits *= 2
+    # Without tensor cores a product keeps its operands in registers too, where four sub-tiles do not fit.
+    sub_tiles = 1 if dtype == torch.float32 else machine.sub_tiles
+    return ProjectionConfig(block_n, block_k, splits, sub_tiles, 4, narrow_stages, wide_stages)

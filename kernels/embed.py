@@ -1,0 +1,82 @@
+"""Embedding: x[t] = table[tokens[t]] for the window's rows, and the sums of squares its norm will need.
+
+sumsq[j, t] = sum of x[t, c]^2 over channels c of 64-channel tile j, in float32, by neighbours (`tree_sum`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyramid_rt.kernels.common import (
+    CHANNELS,
+    DTYPES,
+    WINDOW,
+    Launch,
+    check_length,
+    check_tensor,
+    tiles,
+    tree_sum,
+)
+
+
+# The window's length stays a run-time value: one binary serves every T.
+@triton.jit(do_not_specialize=["length"])
+def embed_kernel(
+    table_ptr: tl.tensor,
+    stride_table: tl.tensor,
+    tokens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    length: tl.tensor,
+    width: tl.tensor,
+) -> None:
+    """One program: 16 rows of 64 channels."""
+    tile = tl.program_id(0)
+    row = tl.program_id(1) * 16 + tl.arange(0, 16)
+    channel = tile * 64 + tl.arange(0, 64)
+    keep = row < length
+    token = tl.load(tokens_ptr + row, mask=keep, other=0)
+    mask = keep[:, None] & (channel[None, :] < width)
+    x = tl.load(table_ptr + token[:, None] * stride_table + channel[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + row[:, None] * stride_out + channel[None, :], x, mask=mask)
+    wide = x.to(tl.float32)
+    tl.store(sumsq_ptr + tile * 64 + row, tree_sum(wide * wide, 16, 6), mask=keep)
+
+
+def plan(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor) -> Launch:
+    """The launch of an embedding gather.
+
+    Args:
+        table: [V, C] dtype (float32, bfloat16 or float16).
+        tokens: [length or more] int64, contiguous, each in 0 .. V - 1.
+        length: T, 1 to 64.
+        out: [64, C] dtype; rows T and later are left alone.
+        sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    device = table.device
+    check_length(length)
+    check_tensor("table", table, (None, None), DTYPES, device)
+    check_tensor("tokens", tokens, (None,), torch.int64, device, contiguous=True)
+    if tokens.shape[0] < length:
+        raise ValueError(f"tokens has {tokens.shape[0]} entries, expected at least length = {length}")
+    width = table.shape[1]
+    check_tensor("out", out, (WINDOW, width), table.dtype, device)
+    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    return Launch(
+        embed_kernel,
+        (tiles(width, CHANNELS), tiles(length, 16), 1),
+        (table, table.stride(0), tokens, out, out.stride(0), sumsq, length, width),
+        {"num_warps": 2, "enable_fp_fusion": False},
+    )
+
+
+def run(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor) -> None:
+    """Gather the window's rows; arguments as `plan`."""
+    plan(table, tokens, length, out, sumsq).run()

@@ -1,0 +1,243 @@
+"""RMSNorm, gate and up projection, SiLU product: out = silu(gate) * up, silu(z) = z / (1 + exp(-z)).
+
+n = dtype(x / sqrt(mean(x^2) + eps)) * w_norm, gate = n Wg^T + bg, up = n Wu^T + bu, with mean(x^2) from the
+sums of squares that the writer of x left. gate, up and silu(gate) are rounded to dtype, as transformers does.
+
+A tile's weight rows alternate between gate and up, so both halves of a product are in one accumulator.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyramid_rt.kernels.common import (
+    CHANNELS,
+    DTYPES,
+    WINDOW,
+    Launch,
+    Workspace,
+    check_length,
+    check_tensor,
+    check_workspace,
+    combine,
+    product_grid,
+    product_options,
+    round_to,
+    split_pairs,
+    tile_log2,
+    tile_product,
+    tiles,
+)
+from pyramid_rt.kernels.configs import ProjectionConfig
+
+
+@triton.jit
+def _store(
+    acc: tl.tensor,
+    column: tl.tensor,
+    tile: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    length: tl.tensor,
+    inner: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """silu(gate) * up of a [BLOCK_N, 16] product."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    PAIRS: tl.constexpr = BLOCK_N // 2
+    row = column + tl.arange(0, 16)
+    n = tile.to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    mask = (n[:, None] < inner) & (row[None, :] < length)
+    gate, up = split_pairs(acc, PAIRS, 16)
+    if HAS_BIAS:
+        gate += tl.load(bias_ptr + n, mask=n < inner, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(bias_ptr + inner + n, mask=n < inner, other=0.0).to(tl.float32)[:, None]
+    gate, up = round_to(gate, dtype, UPCAST), round_to(up, dtype, UPCAST)
+    silu = round_to(gate / (1.0 + tl.exp(-gate)), dtype, UPCAST)
+    product = round_to(silu * up, dtype, UPCAST).to(dtype)
+    tl.store(out_ptr + row[None, :] * stride_out + n[:, None], product, mask=mask)
+
+
+@triton.jit
+def _columns(
+    x_ptr: tl.tensor,
+    stride_x: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    w_ptr: tl.tensor,
+    stride_w: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    partials_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    length: tl.tensor,
+    inner: tl.tensor,
+    K: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One tile of weight rows against SUBS sub-tiles of columns."""
+    first = tl.program_id(0) * 16
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_row = n // 2 + (n % 2) * inner
+    acc0, acc1, acc2, acc3 = tile_product(
+        w_ptr, w_row, stride_w, n < 2 * inner, x_ptr, stride_x, x_ptr, sumsq_ptr, norm_ptr, eps, first, length,
+        split, K, True, False, SUBS, SPLITS, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
+    )  # fmt: skip
+    acc0, acc1, acc2, acc3, last = combine(
+        acc0, acc1, acc2, acc3, partials_ptr, counters_ptr, tile, split, first, SUBS, SPLITS, BLOCK_N
+    )
+    if last:
+        for sub in tl.static_range(SUBS):
+            acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
+            _store(
+                acc, first + 16 * sub, tile, bias_ptr, out_ptr, stride_out, length, inner,
+                HAS_BIAS, BLOCK_N, UPCAST,
+            )  # fmt: skip
+
+
+# The window's length stays a run-time value: one binary serves every T.
+@triton.jit(do_not_specialize=["length", "eps"])
+def gate_up_kernel(
+    x_ptr: tl.tensor,
+    stride_x: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    w_ptr: tl.tensor,
+    stride_w: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    partials_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    length: tl.tensor,
+    inner: tl.tensor,
+    K: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NARROW_STAGES: tl.constexpr,
+    WIDE_STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One program: BLOCK_N / 2 channels, one split of K, 16 columns or the whole window."""
+    if SUBS == 1 or length <= 16:
+        _columns(
+            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, out_ptr, stride_out,
+            partials_ptr, counters_ptr, length, inner, K,
+            HAS_BIAS, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, UPCAST,
+        )  # fmt: skip
+    else:
+        _columns(
+            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, out_ptr, stride_out,
+            partials_ptr, counters_ptr, length, inner, K,
+            HAS_BIAS, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, UPCAST,
+        )  # fmt: skip
+
+
+def plan(
+    x: Tensor,
+    sumsq: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    length: int,
+    out: Tensor,
+    workspace: Workspace,
+    config: ProjectionConfig,
+) -> Launch:
+    """The launch of a normalised gate and up projection.
+
+    Args:
+        x: [64, C] dtype (float32, bfloat16 or float16).
+        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of x per 64-channel tile.
+        norm: [C] dtype, weight of the RMSNorm.
+        eps: of the RMSNorm.
+        weight: [2 I, C] dtype, rows of gate, then up.
+        bias: [2 I] dtype, or None.
+        length: T, 1 to 64.
+        out: [64, I] dtype; rows T and later are left alone.
+        workspace: of at least `partial_elements(2 I, ...)` and `counter_elements(2 I, ...)`.
+        config: `projection_config("gate_up", ...)`.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    device, dtype = x.device, weight.dtype
+    check_length(length)
+    check_tensor("weight", weight, (None, None), DTYPES, device)
+    rows, width = weight.shape
+    if rows % 2:
+        raise ValueError(f"weight has {rows} rows, expected an even number: gate, then up")
+    check_tensor("x", x, (WINDOW, width), dtype, device)
+    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
+    if bias is not None:
+        check_tensor("bias", bias, (rows,), dtype, device, contiguous=True)
+    check_tensor("out", out, (WINDOW, rows // 2), dtype, device)
+    check_workspace(workspace, rows, config.block_n, config.splits, device)
+    return Launch(
+        gate_up_kernel,
+        product_grid(config, rows, length),
+        (
+            x,
+            x.stride(0),
+            sumsq,
+            norm,
+            eps,
+            weight,
+            weight.stride(0),
+            weight if bias is None else bias,
+            out,
+            out.stride(0),
+            workspace.partials,
+            workspace.counters,
+            length,
+            rows // 2,
+            width,
+        ),
+        {
+            "HAS_BIAS": bias is not None,
+            "NORM_LOG2": tile_log2(width),
+            **product_options(gate_up_kernel, config, width),
+        },
+    )
+
+
+def run(
+    x: Tensor,
+    sumsq: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    length: int,
+    out: Tensor,
+    workspace: Workspace,
+    config: ProjectionConfig,
+) -> None:
+    """Normalise, project and multiply; arguments as `plan`."""
+    plan(x, sumsq, norm, eps, weight, bias, length, out, workspace, config).run()

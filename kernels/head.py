@@ -1,0 +1,410 @@
+"""RMSNorm and LM head of chosen rows, with what sampling needs of every tile of the vocabulary.
+
+logits[r, v] = float32(dtype(n_r . W_v)), n = dtype(x / sqrt(mean(x^2) + eps)) * w_norm; -inf from the valid
+vocabulary on. Per row and tile of BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the
+largest score with its lowest index, where
+
+score = logit / temperature + g, g = -log(-log1p(-u)), u = min((word + 0.5) 2^-32, 1 - 2^-24)
+
+and the words are those of `sampling_reference.own_noise`: Philox4x32-10 with the seed's two words as key and
+the counter (v // 4, position, 0, 0), word v % 4. Without noise, or at temperature 0, the score is the logit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyramid_rt.kernels.common import (
+    CHANNELS,
+    DTYPES,
+    WINDOW,
+    Launch,
+    check_tensor,
+    product_grid,
+    product_options,
+    round_to,
+    tile_log2,
+    tile_product,
+    tiles,
+    tree_sum,
+)
+from pyramid_rt.kernels.configs import ProjectionConfig
+
+# Entries of a logits row are padded to this many: 16 bytes, so that every row can be read in wide loads.
+PADDING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TileStatistics:
+    """What the head leaves per row and tile of the vocabulary; all [64, tiles], contiguous.
+
+    Attributes:
+        peak: float32, the largest logit; -inf in a tile without valid entries.
+        total: float32, the sum of exp(logit - peak); NaN where a logit is NaN or +inf, which `peak` may not show.
+        best: float32, the largest score.
+        token: int32, its lowest vocabulary index.
+    """
+
+    peak: Tensor
+    total: Tensor
+    best: Tensor
+    token: Tensor
+
+    @classmethod
+    def allocate(cls, count: int, device: torch.device) -> TileStatistics:
+        """Uninitialised statistics of `count` tiles."""
+        shape = (WINDOW, count)
+        peak, total, best = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3))
+        return cls(peak, total, best, torch.empty(shape, dtype=torch.int32, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Own-token noise, as `sampling_reference.own_noise`.
+
+    Attributes:
+        seed: [2] int64, the low and the high 32-bit word.
+        positions: [R] int64, the absolute position that each row decides.
+        temperature: 0-d float32; 0 turns the noise off.
+    """
+
+    seed: Tensor
+    positions: Tensor
+    temperature: Tensor
+
+
+@triton.jit
+def philox_words(
+    key0: tl.tensor, key1: tl.tensor, block: tl.tensor, position: tl.tensor
+) -> tuple[tl.tensor, ...]:
+    """The four words of Philox4x32-10 at the counter (block, position, 0, 0); all uint32, of one shape."""
+    c0, c1 = block, position
+    c2, c3 = c0 ^ c0, c0 ^ c0
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def log_reduced(f: tl.tensor, exponent: tl.tensor, correction: tl.tensor) -> tl.tensor:
+    """log((1 + f) 2^exponent) + correction within 1 ulp, for 1 + f in [sqrt(1/2), sqrt(2)] (FreeBSD's logf)."""
+    s = tl.div_rn(f, 2.0 + f)
+    z = s * s
+    w = z * z
+    odd = w * (0.40000972152 + w * 0.24279078841)
+    even = z * (0.66666662693 + w * 0.28498786688)
+    half = 0.5 * f * f
+    low = exponent * 9.0580006145e-06 + correction
+    return s * (half + (odd + even)) + low - half + f + exponent * 6.9313812256e-01
+
+
+@triton.jit
+def reduce_exponent(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """f and the exponent (float32 both) of a positive normal x = (1 + f) 2^exponent."""
+    bits = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+    mantissa = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    return mantissa - 1.0, ((bits >> 23) - 127).to(tl.float32)
+
+
+@triton.jit
+def gumbel(word: tl.tensor) -> tl.tensor:
+    """-log(-log1p(-u)) of a random word (uint32). The GPU's own logarithm is too coarse for both ends of u."""
+    u = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
+    kept = 1.0 - u
+    f, exponent = reduce_exponent(kept)
+    small = exponent == 0.0
+    # 1 - u rounds: near 1 the argument itself serves, elsewhere the lost part comes back as a correction.
+    lost = tl.where(small, 0.0, tl.div_rn((1.0 - kept) - u, kept))
+    inner = -log_reduced(tl.where(small, -u, f), exponent, lost)
+    f, exponent = reduce_exponent(inner)
+    return -log_reduced(f, exponent, 0.0)
+
+
+@triton.jit
+def own_noise(seed_ptr: tl.tensor, position: tl.tensor, tile: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """Noise of a tile's entries at 16 positions (int64): [BLOCK_N, 16] float32."""
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    zero = tl.zeros((QUARTER, 16), tl.uint32)
+    block = zero + (tile * QUARTER + tl.arange(0, QUARTER)).to(tl.uint32)[:, None]
+    at = zero + position.to(tl.uint32)[None, :]
+    key0 = tl.load(seed_ptr).to(tl.uint32)
+    key1 = tl.load(seed_ptr + 1).to(tl.uint32)
+    w0, w1, w2, w3 = philox_words(key0, key1, block, at)
+    words = tl.join(tl.join(gumbel(w0), gumbel(w2)), tl.join(gumbel(w1), gumbel(w3)))
+    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, 16))
+
+
+@triton.jit
+def _store(
+    acc: tl.tensor,
+    column: tl.tensor,
+    tile: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    peak_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    padded: tl.tensor,
+    dtype: tl.constexpr,
+    NOISY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOG2: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Logits and statistics of a [BLOCK_N, 16] product."""
+    row = column + tl.arange(0, 16)
+    keep = row < count
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = tl.where(n[:, None] < vocab, round_to(acc, dtype, UPCAST), float("-inf"))
+    wide_row = row.to(tl.int64)
+    mask = (n[:, None] < padded) & keep[None, :]
+    tl.store(out_ptr + wide_row[None, :] * stride_out + n[:, None], logits, mask=mask)
+
+    peak = tl.max(logits, 0)
+    # A tile that is -inf throughout has the sum 0, not the NaN of inf - inf.
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tree_sum(tl.trans(tl.exp(logits - shift[None, :])), 16, LOG2)
+    score = logits
+    if NOISY:
+        temperature = tl.load(temperature_ptr)
+        position = tl.load(positions_ptr + row, mask=keep, other=0)
+        noise = own_noise(seed_ptr, position, tile, BLOCK_N)
+        scaled = tl.div_rn(logits, tl.zeros_like(logits) + tl.where(temperature > 0.0, temperature, 1.0))
+        score = tl.where(temperature > 0.0, scaled + noise, logits)
+    best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    at = wide_row * tl.num_programs(1) + tile
+    tl.store(peak_ptr + at, peak, mask=keep)
+    tl.store(total_ptr + at, total, mask=keep)
+    tl.store(best_ptr + at, best, mask=keep)
+    tl.store(token_ptr + at, tile * BLOCK_N + index, mask=keep)
+
+
+@triton.jit
+def _columns(
+    x_ptr: tl.tensor,
+    stride_x: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    w_ptr: tl.tensor,
+    stride_w: tl.tensor,
+    rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    peak_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    padded: tl.tensor,
+    K: tl.tensor,
+    NOISY: tl.constexpr,
+    SUBS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    BLOCK_LOG2: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One tile of the vocabulary against SUBS sub-tiles of columns."""
+    first = tl.program_id(0) * 16
+    tile = tl.program_id(1)
+    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc0, acc1, acc2, acc3 = tile_product(
+        w_ptr, n, stride_w, n < vocab, x_ptr, stride_x, rows_ptr, sumsq_ptr, norm_ptr, eps, first, count,
+        0, K, True, True, SUBS, 1, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
+    )  # fmt: skip
+    for sub in tl.static_range(SUBS):
+        acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
+        _store(
+            acc, first + 16 * sub, tile, out_ptr, stride_out, peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr,
+            positions_ptr, temperature_ptr, count, vocab, padded, w_ptr.dtype.element_ty,
+            NOISY, BLOCK_N, BLOCK_LOG2, UPCAST,
+        )  # fmt: skip
+
+
+# The number of rows stays a run-time value: one binary serves every window.
+@triton.jit(do_not_specialize=["count", "eps"])
+def head_kernel(
+    x_ptr: tl.tensor,
+    stride_x: tl.tensor,
+    sumsq_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    eps: tl.tensor,
+    w_ptr: tl.tensor,
+    stride_w: tl.tensor,
+    rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride_out: tl.tensor,
+    peak_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    token_ptr: tl.tensor,
+    seed_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    count: tl.tensor,
+    vocab: tl.tensor,
+    padded: tl.tensor,
+    K: tl.tensor,
+    NOISY: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    BLOCK_LOG2: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NARROW_STAGES: tl.constexpr,
+    WIDE_STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One program: BLOCK_N entries of the vocabulary, 16 rows or all of them."""
+    tl.static_assert(SPLITS == 1)
+    if SUBS == 1 or count <= 16:
+        _columns(
+            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, rows_ptr, out_ptr, stride_out,
+            peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr, positions_ptr, temperature_ptr, count, vocab,
+            padded, K, NOISY, 1, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, BLOCK_LOG2, UPCAST,
+        )  # fmt: skip
+    else:
+        _columns(
+            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, rows_ptr, out_ptr, stride_out,
+            peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr, positions_ptr, temperature_ptr, count, vocab,
+            padded, K, NOISY, SUBS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, BLOCK_LOG2, UPCAST,
+        )  # fmt: skip
+
+
+def plan(
+    x: Tensor,
+    sumsq: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    rows: Tensor,
+    vocab_size: int,
+    out: Tensor,
+    statistics: TileStatistics,
+    noise: Noise | None,
+    config: ProjectionConfig,
+) -> Launch:
+    """The launch of an LM head.
+
+    Args:
+        x: [64, C] dtype (float32, bfloat16 or float16).
+        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of x per 64-channel tile.
+        norm: [C] dtype, weight of the RMSNorm.
+        eps: of the RMSNorm.
+        weight: [V, C] dtype.
+        rows: [R] int64, contiguous, 1 <= R <= 64: indices of rows of x.
+        vocab_size: valid entries, at most V; later ones become -inf.
+        out: [64, P] float32 with vocab_size <= P <= V rounded up to the tile; a row's stride is a multiple of 4
+            and the first element aligned to 16 bytes. Columns from vocab_size on become -inf, rows R and later
+            are left alone.
+        statistics: of ceil(P / block_n) tiles; rows R and later are left alone.
+        noise: of the own tokens, or None where none is wanted; a graph variant.
+        config: `projection_config("head", ...)`, without splits.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    device, dtype = x.device, weight.dtype
+    check_tensor("weight", weight, (None, None), DTYPES, device)
+    entries, width = weight.shape
+    check_tensor("x", x, (WINDOW, width), dtype, device)
+    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
+    check_tensor("rows", rows, (None,), torch.int64, device, contiguous=True)
+    count = rows.shape[0]
+    if not 1 <= count <= WINDOW:
+        raise ValueError(f"rows has {count} entries, expected 1 to {WINDOW}")
+    if not 1 <= vocab_size <= entries:
+        raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {entries}, the rows of weight")
+    if config.splits != 1:
+        raise ValueError(f"config.splits is {config.splits}, expected 1")
+    check_tensor("out", out, (WINDOW, None), torch.float32, device)
+    padded = out.shape[1]
+    if padded < vocab_size:
+        raise ValueError(f"out has {padded} columns, expected at least vocab_size = {vocab_size}")
+    if out.stride(0) % PADDING or out.data_ptr() % 16:
+        raise ValueError(f"out has rows of stride {out.stride(0)}, expected a multiple of {PADDING}, aligned")
+    count_tiles = tiles(padded, config.block_n)
+    for name in ("peak", "total", "best", "token"):
+        kind = torch.int32 if name == "token" else torch.float32
+        tensor: Tensor = getattr(statistics, name)
+        check_tensor(f"statistics.{name}", tensor, (WINDOW, count_tiles), kind, device, contiguous=True)
+    if noise is not None:
+        check_tensor("noise.seed", noise.seed, (2,), torch.int64, device, contiguous=True)
+        check_tensor("noise.positions", noise.positions, (count,), torch.int64, device, contiguous=True)
+        check_tensor("noise.temperature", noise.temperature, (), torch.float32, device)
+    return Launch(
+        head_kernel,
+        product_grid(config, padded, count),
+        (
+            x,
+            x.stride(0),
+            sumsq,
+            norm,
+            eps,
+            weight,
+            weight.stride(0),
+            rows,
+            out,
+            out.stride(0),
+            statistics.peak,
+            statistics.total,
+            statistics.best,
+            statistics.token,
+            rows if noise is None else noise.seed,
+            rows if noise is None else noise.positions,
+            out if noise is None else noise.temperature,
+            count,
+            vocab_size,
+            padded,
+            width,
+        ),
+        {
+            "NOISY": noise is not None,
+            "NORM_LOG2": tile_log2(width),
+            "BLOCK_LOG2": (config.block_n - 1).bit_length(),
+            **product_options(head_kernel, config, width),
+        },
+    )
+
+
+def run(
+    x: Tensor,
+    sumsq: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    rows: Tensor,
+    vocab_size: int,
+    out: Tensor,
+    statistics: TileStatistics,
+    noise: Noise | None,
+    config: ProjectionConfig,
+) -> None:
+    """Normalise and project chosen rows onto the vocabulary; arguments as `plan`."""
+    plan(x, sumsq, norm, eps, weight, rows, vocab_size, out, statistics, noise, config).run()
