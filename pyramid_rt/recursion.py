@@ -57,6 +57,8 @@ class Recursion:
             furthest = known_end + self.plan.longest_commit + MAX_WINDOW
             self._horizon = min(self._capacity, -(-furthest // _BOUND_STEP) * _BOUND_STEP)
         active = self._unfinished()
+        if self.plan.host_control and not bool(active):
+            return
         target = self.plan.tiers - 1
         if target == 0:
             self._sample(self.state.end.clone(), active, steps=1)
@@ -114,8 +116,10 @@ class Recursion:
                 row = (base - 1 - state.cached[0]).clamp(0, width - 1).reshape(1)
                 raw = self._window(0, width, row)
             else:
-                # Under host control the burst was cut to the limit beforehand.
-                live = live & (~state.ended if plan.host_control else self._unfinished())
+                if not plan.host_control:
+                    live = live & self._unfinished()
+                elif bool(state.ended):  # the limit cut `steps` beforehand
+                    break
                 # The one token the draft has not seen; in a step that is not live, some row past `cached`.
                 raw = self._run(0, tokens[-1], state.end - 1, self._steps[:1], self._bound(base, step))
             token, peak = self._own_tokens(raw, state.end.reshape(1))
@@ -127,10 +131,10 @@ class Recursion:
                 processed = self._logprobs(raw) if plan.keep_effective[0] else None
                 self._keep_rows(0, state.end - base, raw, processed)
             self._put(token, live)
-        positions = base + self._steps[:steps]
+        positions = base + self._steps[: len(tokens)]
         self._note_bad(0, torch.cat(peaks), positions, positions < state.end)
         state.origin.index_put_((positions,), self._levels[:1])
-        state.cached[0].copy_(torch.where(active, state.end - 1, state.cached[0]))
+        self._set(state.cached[0], state.end - 1, active)
         state.counters[0, COLUMN["forwards"]] += state.end - base
 
     # Verifying
@@ -171,12 +175,11 @@ class Recursion:
         # Where standing means being the own token there is nothing to count.
         differing = None if rule.lossless else (prefix * (evidence.proposed != evidence.own)).sum(0)
         self._count(below, active, count, accepted, differing, torch.stack((whole, replace, active)))
-        state.ended.copy_(torch.where(active, state.ended & whole, state.ended))
-        state.end.copy_(torch.where(active, position, state.end))
+        self._set(state.ended, state.ended & whole, active)
+        self._set(state.end, position, active)
         for tier in range(level):
-            cached = state.cached[tier]
-            cached.copy_(torch.where(active, torch.minimum(cached, position), cached))
-        state.cached[level].copy_(torch.where(active, position, state.cached[level]))
+            self._set(state.cached[tier], torch.minimum(state.cached[tier], position), active)
+        self._set(state.cached[level], position, active)
         # A position past the end belongs to nobody, so this need not be masked.
         state.origin.index_put_((position.reshape(1),), self._levels[level : level + 1])
         self._put(token, replace)
@@ -282,6 +285,10 @@ class Recursion:
         """Processed log-probabilities [R, V]; one-hot at temperature 0."""
         return torch.log_softmax(self._processed(raw), -1) if self.plan.noisy else ops.one_hot_logprobs(raw)
 
+    def _set(self, value: Tensor, new: Tensor, active: Tensor) -> None:
+        """Overwrite a scalar of the state where `active`; under host control nothing inactive comes this far."""
+        value.copy_(new if self.plan.host_control else torch.where(active, new, value))
+
     def _put(self, token: Tensor, live: Tensor) -> None:
         """Append token [1] where `live`; elsewhere the write goes to the buffer's last entry."""
         state = self.state
@@ -325,7 +332,7 @@ class Recursion:
 
         `flags` is bool [3]: accepted as a whole, replacement put, active. Columns in the order of `COUNTERS`.
         """
-        numbers = torch.stack((count, accepted, accepted - accepted if differing is None else differing))
+        numbers = torch.stack((count, accepted, self._steps[0] if differing is None else differing))
         made = torch.cat((numbers, flags)) * active
         counters = self.state.counters
         counters[below, : made.shape[0]] += made
