@@ -26,11 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramid_rt.kernels.attention_configs import BLOCK_M, FAN, AttentionConfig, Splits
-from pyramid_rt.kernels.common import Launch
+from pyramid_rt.kernels.common import DTYPES, Launch
 
 MAX_ROWS = 64
 HEAD_DIMS = (64, 96, 128)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.common import Launch
+from pyramid_rt.kernels.common import DTYPES, Launch
 
 WINDOW = 64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit

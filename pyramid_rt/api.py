@@ -67,8 +67,8 @@ def load(
     make_backend(backend, place)
     max_seq = _max_seq(max_seq, configs)
     host_control = control != "device" and (control == "host" or place.type == "cpu")
-    _check_defaults(directory)
-    plan = _memory_plan(configs, directory.defaults, vocab_size, max_seq, kind, place, host_control)
+    params = _checked_defaults(directory)
+    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control)
     plan.check()
     tiers = [
         ModelTier.load(
@@ -146,10 +146,10 @@ def _max_seq(asked: int | None, configs: dict[str, LlamaConfig]) -> int:
     return asked
 
 
-def _check_defaults(directory: PyramidDirectory) -> None:
-    """Refuse bad values in a `pyramid.json` by the name of the file too."""
+def _checked_defaults(directory: PyramidDirectory) -> SamplingParams:
+    """The directory's defaults; bad values in a `pyramid.json` are refused by the name of the file too."""
     try:
-        SamplingParams.build({}, directory.defaults)
+        return SamplingParams.build({}, directory.defaults)
     except InputError as error:
         raise InputError(f"{directory.path / PYRAMID_FILE}, 'defaults': {error}") from error
 
@@ -162,7 +162,7 @@ def _longest_context(config: LlamaConfig) -> int:
 
 def _memory_plan(
     configs: dict[str, LlamaConfig],
-    defaults: dict[str, object],
+    params: SamplingParams,
     vocab_size: int,
     max_seq: int,
     dtype: torch.dtype,
@@ -170,7 +170,6 @@ def _memory_plan(
     host_control: bool,
 ) -> MemoryPlan:
     """The plan for the default method of the directory."""
-    params = SamplingParams.build({}, defaults)
     rules = rules_of(best_method(len(configs)), params.rule_options)
     return plan_memory(
         configs, build_plan(params, rules, host_control=host_control), vocab_size, max_seq, dtype, device

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.tokenizer import Tokenizer
-from pyramid_rt.weights import read_config
+from pyramid_rt.weights import CONFIG_FILE, read_config
 
 PYRAMID_FILE = "pyramid.json"
-CONFIG_FILE = "config.json"
 TIERS = ("draft", "qualifier", "target")
 
 DEFAULT_TYPES: dict[str, type] = {
