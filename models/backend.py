@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels import reference
+from pyramid_rt.models.config import LlamaConfig
+
+BACKENDS = ("torch", "triton")
 
 # float32 weights of this size and more are read from memory at every step, not from a CPU's cache. The figure
 # is fixed, not measured at load, so that two runs on one machine, or on two, take the same path.
@@ -35,7 +38,9 @@ class Window:
 class Backend(Protocol):
     """One method per fused kernel. T rows, hidden size C, D head size; all tensors in the model's dtype.
 
-    Methods may return new tensors; they write to nothing but the cache rows of the window.
+    Methods return new tensors, or buffers of the backend that hold until the same method is called again.
+    Besides those they write to the cache rows of the window alone. `window` is what the method of that name
+    gave for this pass.
     """
 
     @property
@@ -43,11 +48,16 @@ class Backend(Protocol):
         """What `make_backend` calls it."""
         ...
 
-    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Window:
+    @property
+    def longest_window(self) -> int | None:
+        """Most rows of one pass; None for any number."""
+        ...
+
+    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Any:
         """Positions start .. start + length - 1, start a 0-d int64 device tensor, rotary the whole table."""
         ...
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Tensor, tokens: Tensor, window: Any) -> Tensor:
         """[V, C] gathered by tokens [T] int64 -> residual stream [T, C]."""
         ...
 
@@ -60,7 +70,7 @@ class Backend(Protocol):
         bias: Tensor | None,
         k_cache: Tensor,
         v_cache: Tensor,
-        window: Window,
+        window: Any,
     ) -> Tensor:
         """RMSNorm, joint Q, K, V projection, RoPE; writes K and V [KV, S, D] at the window's positions.
 
@@ -68,15 +78,19 @@ class Backend(Protocol):
         """
         ...
 
-    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
+    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Any) -> Tensor:
         """q [T, H, D] against the cache's rows as the window's mask allows -> [T, H D]."""
         ...
 
-    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    def project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: Any
+    ) -> Tensor:
         """residual + x W^T + b: x [T, K], weight [C, K], residual [T, C] -> [T, C]."""
         ...
 
-    def gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gate_up(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Any
+    ) -> Tensor:
         """RMSNorm, the joint gate and up projection, silu(gate) * up: x [T, C], weight [2 I, C] -> [T, I]."""
         ...
 
@@ -100,6 +114,11 @@ class TorchBackend:
         """`torch`."""
         return "torch"
 
+    @property
+    def longest_window(self) -> int | None:
+        """See `Backend`."""
+        return None
+
     def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Window:
         """See `Backend`."""
         positions = torch.arange(length, device=start.device).add_(start)
@@ -107,7 +126,7 @@ class TorchBackend:
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
         return Window(positions, cos, sin, mask)
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Tensor, tokens: Tensor, window: Window) -> Tensor:
         """See `Backend`."""
         return reference.embedding(table, tokens)
 
@@ -137,11 +156,15 @@ class TorchBackend:
         """See `Backend`."""
         return reference.attention(q, k_cache, v_cache, window.mask)
 
-    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    def project(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: Window
+    ) -> Tensor:
         """See `Backend`."""
         return reference.linear(x, weight, bias, swap=self.swap).add_(residual)
 
-    def gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gate_up(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Window
+    ) -> Tensor:
         """See `Backend`."""
         normed = reference.rms_norm(x, norm, eps)
         return reference.silu_mul(reference.linear(normed, weight, bias, swap=self.swap))
@@ -152,24 +175,68 @@ class TorchBackend:
         return reference.lm_head(normed, weight, swap=self.swap)
 
 
-def make_backend(
-    name: str, device: torch.device, *, dtype: torch.dtype = torch.float32, weight_bytes: int = 0
-) -> Backend:
-    """The backend of one tier, chosen once at load; there is no silent fallback.
-
-    Args:
-        name: `torch`.
-        device: where the tier lives.
-        dtype: its weights' type.
-        weight_bytes: their size; on a CPU it decides which form of product is used.
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that is unknown or cannot run on a device; there is no silent fallback.
 
     Raises:
-        InputError: an unknown backend, or one that this version does not have.
+        InputError: names the backend, the device and what would do.
     """
+    if name not in BACKENDS:
+        raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name == "torch":
+        return
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise InputError(f"backend 'triton' needs the package triton: {error}") from error
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise InputError(
+            f"backend 'triton' runs on CUDA devices, found {str(device)!r}; on a CPU use backend='torch' "
+            "(or, for tests, Triton's interpreter: TRITON_INTERPRET=1 before anything is imported)"
+        )
+
+
+def make_backend(
+    name: str,
+    config: LlamaConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    max_seq: int,
+    weight_bytes: int,
+) -> Backend:
+    """The backend of one tier, chosen once at load, with whatever buffers it needs.
+
+    Args:
+        name: `torch` or `triton`.
+        config: the tier's shape.
+        device: where the tier lives.
+        dtype: its weights' type.
+        max_seq: positions of its cache, slack excluded.
+        weight_bytes: size of its weights; on a CPU it decides which form of product `torch` uses.
+
+    Raises:
+        InputError: as `check_backend`.
+        UnsupportedModelError: a shape that the kernels do not take.
+    """
+    check_backend(name, device)
     if name == "triton":
-        raise InputError("backend 'triton' is not in this version; use backend='torch', on the GPU too")
-    if name != "torch":
-        raise InputError(f"backend is {name!r}, expected 'torch'")
+        # Only here: importing Triton takes longer than loading a small model.
+        from pyramid_rt.models.triton_backend import TritonBackend
+
+        return TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
     # 16-bit products go through another library, whose plain form is the fast one at every width.
     streaming = weight_bytes >= STREAMING_BYTES and dtype == torch.float32
     return TorchBackend(swap=device.type == "cpu" and streaming)
+
+
+def workspace_bytes(
+    name: str, config: LlamaConfig, max_seq: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of the buffers that `make_backend` would allocate; takes none. Errors as `make_backend`."""
+    check_backend(name, device)
+    if name == "torch":
+        return 0
+    from pyramid_rt.models.triton_backend import buffer_bytes
+
+    return buffer_bytes(config, max_seq, dtype, device)

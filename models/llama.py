@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,18 +122,16 @@ class KVCache:
     Which rows are valid is known to the caller: `forward` overwrites its window's rows and hides later ones.
     """
 
-    k: list[Tensor]  # per layer [KV, max_seq + SLACK_ROWS, D] dtype
+    buffer: Tensor  # [L, 2, KV, max_seq + SLACK_ROWS, D] dtype: keys and values of every layer
+    k: list[Tensor]  # per layer its [KV, max_seq + SLACK_ROWS, D]
     v: list[Tensor]  # likewise
 
     @classmethod
     def allocate(cls, config: LlamaConfig, max_seq: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """A cache for `max_seq` positions, all zero: hidden rows must be finite."""
-        shape = (config.num_kv_heads, max_seq + SLACK_ROWS, config.head_dim)
-
-        def rows() -> list[Tensor]:
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-
-        return cls(rows(), rows())
+        shape = (config.num_layers, 2, config.num_kv_heads, max_seq + SLACK_ROWS, config.head_dim)
+        buffer = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(buffer, list(buffer[:, 0]), list(buffer[:, 1]))
 
 
 def forward(
@@ -143,6 +142,8 @@ def forward(
     Writes their keys and values into the cache; row t attends to the cache rows 0 .. start + t. Rows of the
     window after the last real token may hold anything in the vocabulary: no earlier row sees them. The caller
     keeps start + T within the cache and every token within the vocabulary. Reads no device value on the host.
+    A window longer than the backend's `longest_window` is run in parts of that length; then `rows` must lie in
+    the last part.
 
     Args:
         model, cache: of one device and dtype.
@@ -153,20 +154,44 @@ def forward(
             rounding, the last bits, nothing else.
 
     Returns:
-        [R, V] float32 logits, or None without `rows`.
+        [R, V] float32 logits, or None without `rows`. They hold until the next pass of this model.
     """
-    config, backend, eps = model.config, model.backend, model.config.rms_norm_eps
-    group = config.num_heads // config.num_kv_heads
+    length, most = tokens.shape[0], model.backend.longest_window
+    if most is None or length <= most:
+        return _pass(model, cache, tokens, start, rows, kv_bound)
+    last = (length - 1) // most * most
+    for begin in range(0, last, most):
+        _pass(model, cache, tokens[begin : begin + most], start + begin, None, kv_bound)
+    rows = None if rows is None else rows - last
+    return _pass(model, cache, tokens[last:], start + last, rows, kv_bound)
+
+
+def _pass(
+    model: Llama, cache: KVCache, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int
+) -> Tensor | None:
+    """`forward` of a window that the backend takes as a whole."""
+    backend = model.backend
+    group = model.config.num_heads // model.config.num_kv_heads
     window = backend.window(model.rotary, start, tokens.shape[0], kv_bound, group)
-    x = backend.embed(model.embedding, tokens)
+    x = run_layers(
+        model, cache, backend, backend.embed(model.embedding, tokens, window), window, rows is None
+    )
+    return None if rows is None else backend.head(x, rows, model.norm, model.config.rms_norm_eps, model.head)
+
+
+def run_layers(
+    model: Llama, cache: KVCache, backend: Backend, x: Tensor, window: Any, cache_only: bool
+) -> Tensor:
+    """The residual stream after all layers; with `cache_only` the last one stops when its cache is written."""
+    eps = model.config.rms_norm_eps
     for layer, k, v in zip(model.layers, cache.k, cache.v, strict=True):
         q = backend.qkv(x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, k, v, window)
-        if rows is None and layer is model.layers[-1]:
-            return None  # a prefill wants the cache alone, which is complete
-        x = backend.project(backend.attention(q, k, v, window), layer.out, layer.out_bias, x)
-        inner = backend.gate_up(x, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias)
-        x = backend.project(inner, layer.down, layer.down_bias, x)
-    return None if rows is None else backend.head(x, rows, model.norm, eps, model.head)
+        if cache_only and layer is model.layers[-1]:
+            break
+        x = backend.project(backend.attention(q, k, v, window), layer.out, layer.out_bias, x, window)
+        inner = backend.gate_up(x, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias, window)
+        x = backend.project(inner, layer.down, layer.down_bias, x, window)
+    return x
 
 
 def parameter_count(config: LlamaConfig) -> int:

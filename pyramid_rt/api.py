@@ -13,7 +13,7 @@ from pyramid_rt.errors import InputError
 from pyramid_rt.memory import MemoryPlan, plan_memory
 from pyramid_rt.methods import best_method, rules_of
 from pyramid_rt.model_tier import ModelTier
-from pyramid_rt.models.backend import make_backend
+from pyramid_rt.models.backend import check_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.pyramid import Prompt, Pyramid, build_plan
@@ -21,7 +21,6 @@ from pyramid_rt.tokenizer import Tokenizer
 from pyramid_rt.weights import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BACKENDS = ("torch", "triton")
 DEFAULT_MAX_SEQ = 4096
 
 Progress = Callable[[str, int, int], None]
@@ -49,7 +48,7 @@ def load(
         device: "cuda", "cuda:N" or "cpu"; CUDA where there is one.
         dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 on a CPU.
         max_seq: positions of the caches; by default what the models allow, at most 4096.
-        backend: "torch" (the only one so far).
+        backend: "triton" (the default on CUDA) or "torch" (the default on a CPU, and runs on both).
         control: "host" or "device", who ends an inner round; by default the host on a CPU.
         progress: called with (tier, bytes read, bytes in all).
 
@@ -63,12 +62,12 @@ def load(
     vocab_size = check_family(tokenizers, configs)
     place = _device(device)
     kind = _dtype(dtype, place)
-    backend = _backend(backend)
-    make_backend(backend, place)
+    backend = backend or ("triton" if place.type == "cuda" else "torch")
+    check_backend(backend, place)
     max_seq = _max_seq(max_seq, configs)
     host_control = control != "device" and (control == "host" or place.type == "cpu")
     params = _checked_defaults(directory)
-    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control)
+    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control, backend)
     plan.check()
     tiers = [
         ModelTier.load(
@@ -131,12 +130,6 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _backend(name: str | None) -> str:
-    if name is not None and name not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, found {name!r}")
-    return name or "torch"
-
-
 def _max_seq(asked: int | None, configs: dict[str, LlamaConfig]) -> int:
     allowed = min(_longest_context(config) for config in configs.values())
     if asked is None:
@@ -168,9 +161,16 @@ def _memory_plan(
     dtype: torch.dtype,
     device: torch.device,
     host_control: bool,
+    backend: str,
 ) -> MemoryPlan:
     """The plan for the default method of the directory."""
     rules = rules_of(best_method(len(configs)), params.rule_options)
     return plan_memory(
-        configs, build_plan(params, rules, host_control=host_control), vocab_size, max_seq, dtype, device
+        configs,
+        build_plan(params, rules, host_control=host_control),
+        vocab_size,
+        max_seq,
+        dtype,
+        device,
+        backend,
     )

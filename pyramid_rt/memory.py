@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pyramid_rt.errors import MemoryPlanError
+from pyramid_rt.models.backend import workspace_bytes
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import cache_bytes, weight_bytes
 from pyramid_rt.state import Plan, State
@@ -21,26 +22,34 @@ class MemoryPlan:
     """Bytes per tier, and of the round's own buffers (which belong to no single tier).
 
     Attributes:
-        weights, caches: bytes by name of tier.
+        weights, caches, workspaces: bytes by name of tier; a workspace is what the tier's forwards compute in,
+            none with the `torch` backend, which allocates as it goes.
         round_buffers: token buffer, and the rows that rules compare.
         available: bytes free on the device when the plan was made; None where that is unknown.
     """
 
     weights: Mapping[str, int]
     caches: Mapping[str, int]
+    workspaces: Mapping[str, int]
     round_buffers: int
     available: int | None
 
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return sum(self.weights.values()) + sum(self.caches.values()) + self.round_buffers
+        parts = (self.weights, self.caches, self.workspaces)
+        return sum(sum(part.values()) for part in parts) + self.round_buffers
 
     def rows(self) -> list[tuple[str, int, int, int]]:
         """(tier, weights, cache, buffers) in bytes; the round's buffers stand with the last tier."""
         last = list(self.weights)[-1]
         return [
-            (name, self.weights[name], self.caches[name], self.round_buffers if name == last else 0)
+            (
+                name,
+                self.weights[name],
+                self.caches[name],
+                self.workspaces[name] + (self.round_buffers if name == last else 0),
+            )
             for name in self.weights
         ]
 
@@ -66,12 +75,20 @@ def plan_memory(
     max_seq: int,
     dtype: torch.dtype,
     device: torch.device,
+    backend: str,
 ) -> MemoryPlan:
-    """Plan tiers of these configs (by name, small to large) at `max_seq` positions."""
+    """Plan tiers of these configs (by name, small to large) at `max_seq` positions.
+
+    Raises:
+        UnsupportedModelError: a shape that the backend does not take.
+    """
     buffers = State.allocate(plan, max_seq, vocab_size, torch.device("meta"))
     return MemoryPlan(
         weights={name: weight_bytes(config, dtype) for name, config in configs.items()},
         caches={name: cache_bytes(config, max_seq, dtype) for name, config in configs.items()},
+        workspaces={
+            name: workspace_bytes(backend, config, max_seq, dtype, device) for name, config in configs.items()
+        },
         round_buffers=buffers.nbytes(),
         available=_available(device),
     )

@@ -53,11 +53,10 @@ class ModelTier:
 
     @property
     def device(self) -> torch.device:
-        return self.cache.k[0].device
+        return self.cache.buffer.device
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
         return forward(self.model, self.cache, tokens, start, rows=rows, kv_bound=kv_bound)
 
     def reset(self) -> None:
-        for buffer in (*self.cache.k, *self.cache.v):
-            buffer.zero_()
+        self.cache.buffer.zero_()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.models.backend import make_backend
+from pyramid_rt.models.backend import TorchBackend, check_backend, make_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import LayerWeights, Llama, weight_bytes
 
@@ -68,7 +68,7 @@ def load_llama(
         device: where the weights go.
         dtype: float32, bfloat16 or float16, whatever the files hold.
         max_seq: positions to prepare rotary embeddings for. It may exceed the checkpoint's own limit.
-        backend: name for `make_backend`.
+        backend: name for `make_backend`, which also allocates its buffers.
         progress: called with (bytes done, bytes in all), counted in `dtype`.
 
     Raises:
@@ -84,11 +84,12 @@ def load_llama(
     directory = Path(directory)
     config = read_config(directory)
     total = weight_bytes(config, dtype)
-    chosen = make_backend(backend, device, dtype=dtype, weight_bytes=total)
+    check_backend(backend, device)
     # A model without storage says which tensors there must be, and of which shape.
-    meta = Llama.empty(config, chosen, max_seq=1, dtype=dtype, device=torch.device("meta"))
+    meta = Llama.empty(config, TorchBackend(), max_seq=1, dtype=dtype, device=torch.device("meta"))
     stored = _list_tensors(directory)
     _check(directory, config, _destinations(meta), stored)
+    chosen = make_backend(backend, config, device, dtype=dtype, max_seq=max_seq, weight_bytes=total)
     model = Llama.empty(config, chosen, max_seq=max_seq, dtype=dtype, device=device)
     _fill(_destinations(model), stored, total, progress)
     if config.tie_word_embeddings and _HEAD in stored:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import triton
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -266,7 +267,6 @@ def test_context_beyond_the_checkpoints_is_allowed(source: Path) -> None:
         ({"dtype": torch.int8}, "dtype"),
         ({"dtype": torch.float64}, "dtype"),
         ({"max_seq": 0}, "max_seq"),
-        ({"backend": "triton"}, "triton"),
         ({"backend": "jax"}, "jax"),
     ],
 )
@@ -275,9 +275,20 @@ def test_wrong_options(source: Path, changes: dict[str, Any], named: str) -> Non
         load(source, **changes)
 
 
-def test_swapped_products_serve_large_float32_models_on_a_cpu_alone() -> None:
+def test_triton_on_a_cpu_without_the_interpreter_is_refused(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(InputError, match="backend 'triton' runs on CUDA devices, found 'cpu'"):
+        load(source, backend="triton")
+
+
+def test_swapped_products_serve_large_float32_models_on_a_cpu_alone(source: Path) -> None:
+    config = read_config(source)
+
     def swaps(device: str, dtype: torch.dtype, size: int) -> bool:
-        backend = make_backend("torch", torch.device(device), dtype=dtype, weight_bytes=size)
+        place = torch.device(device)
+        backend = make_backend("torch", config, place, dtype=dtype, max_seq=8, weight_bytes=size)
         assert isinstance(backend, TorchBackend)
         return backend.swap
 
