@@ -39,6 +39,7 @@ def load(
     max_seq: int | None = None,
     backend: str | None = None,
     control: str | None = None,
+    prefix_reuse: bool = True,
     progress: Progress | None = None,
 ) -> Pyramid:
     """Load a pyramid and keep it.
@@ -50,6 +51,7 @@ def load(
         max_seq: positions of the caches; by default what the models allow, at most 4096.
         backend: "triton" (the default on CUDA) or "torch" (the default on a CPU, and runs on both).
         control: "host" or "device", who ends an inner round; by default the host on a CPU.
+        prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
         progress: called with (tier, bytes read, bytes in all).
 
     Raises:
@@ -89,6 +91,7 @@ def load(
         defaults=directory.defaults,
         control=control,
         plan=plan,
+        prefix_reuse=prefix_reuse,
     )
 
 

@@ -59,7 +59,7 @@ LOADING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--device", str, "cuda or cpu; CUDA where there is one"),
     ("--dtype", str, "float32, bfloat16 or float16"),
     ("--max-seq", int, "longest sequence, prompt included"),
-    ("--backend", str, "torch"),
+    ("--backend", str, "triton (default on CUDA) or torch"),
 )
 DEMO_BUDGET_SECONDS = 60.0
 DEMO_PREFIX = '''class Stack:

@@ -9,11 +9,12 @@ import torch
 
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
+from pyramid_rt.readback import RoundReader, Snapshot
 from pyramid_rt.recursion import Recursion
 from pyramid_rt.result import TokenLogprobs
-from pyramid_rt.state import NO_POSITION, Plan, State
+from pyramid_rt.state import COUNTERS, NO_POSITION, Plan, State
 from pyramid_rt.stats import ForwardClock
-from pyramid_rt.tiers import Tier
+from pyramid_rt.tiers import Tier, shared_prefix
 
 PREFILL_CHUNK = 512
 
@@ -27,7 +28,10 @@ class Commit:
 
 
 class Generation:
-    """Decodes one prompt. `start` once, then `advance` until `finished`.
+    """Decodes one prompt. `start` once, then `advance` until `finished`; `close` when nothing more is wanted.
+
+    Under device control the next round is started before the last one is read, so that the device need not
+    wait for the host; what the device decoded beyond the last commit the host took is nobody's.
 
     Args:
         tiers: those of the method, small to large.
@@ -35,6 +39,7 @@ class Generation:
         vocab_size: columns of the logits that are decoded over.
         prompt: 1 to max_seq - 1 token ids.
         stop_ids: ids that end the sequence.
+        reuse: take what the tiers' caches hold of the prompt already.
     """
 
     def __init__(
@@ -47,51 +52,69 @@ class Generation:
         seed: int,
         prompt: Sequence[int],
         stop_ids: Sequence[int],
+        reuse: bool = True,
     ) -> None:
         self._tiers, self._plan, self._state = tiers, plan, state
+        self._reuse = reuse
         self._prompt = list(prompt)
+        self._tokens = list(prompt)
         self._context = min(tier.max_seq for tier in tiers)
-        self._end = len(self._prompt)
-        self._lower_ready = plan.tiers == 1
+        self._filled = [False] * plan.tiers
         self.clock = ForwardClock(plan.tiers, state.tokens.device)
         self._recursion = Recursion(tiers, plan, state, vocab_size, self.clock)
-        self._limit = min(self._end + params.max_new_tokens, self._context)
+        # Log-probabilities are read from rows that the next round overwrites.
+        self._ahead = 0 if plan.host_control or plan.logprobs is not None else 1
+        self._reader = RoundReader(plan, state, self._ahead)
+        self._last: Snapshot | None = None
+        self._limit = min(len(prompt) + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0
         self.stopped = False
+        self.reused = 0
         self._write_request(params, seed, stop_ids)
 
     @torch.inference_mode()
     def start(self) -> Commit:
         """Process the prompt in the target, which gives the first token; the lower tiers follow later."""
-        target = self._plan.tiers - 1
-        self._prefill(target, self._end - 1)
-        begin = self._last_chunk()
-        window = self._state.tokens[begin : self._end]
-        row = torch.full((1,), self._end - 1 - begin, device=window.device)
+        target, end = self._plan.tiers - 1, len(self._prompt)
+        self.reused = self._share(target, end - 1)
+        begin = max(self.reused, (end - 1) // PREFILL_CHUNK * PREFILL_CHUNK)
+        self._prefill(target, self.reused, begin)
+        window = self._state.tokens[begin:end]
+        row = torch.full((1,), end - 1 - begin, device=window.device)
         start = torch.full((), begin, device=window.device)
-        self._recursion.first_token(row, self._end, window, start)
+        self._reader.begin()
+        self._recursion.first_token(row, end, window, start)
+        self._filled[target] = True
+        self._reader.post()
         self.clock.restart()
-        return self._read(1)
+        return self._read()
 
     @torch.inference_mode()
     def advance(self) -> Commit:
-        """One outer round."""
-        if not self._lower_ready:
-            for level in range(self._plan.tiers - 1):
-                self._prefill(level, len(self._prompt))
-                self._state.cached[level].fill_(len(self._prompt))
-            self._lower_ready = True
-        self._recursion.outer_round(self._end)
-        return self._read(self._plan.longest_commit)
+        """The tokens of the next outer round."""
+        self._fill_lower_tiers()
+        while self._reader.posted <= self._ahead and (self._reader.posted == 0 or self._goes_on()):
+            self._reader.begin()
+            self._recursion.outer_round(self._furthest())
+            self._reader.post()
+        return self._read()
+
+    def close(self) -> None:
+        """Note what the caches hold for the next call, once the device has finished what it was given."""
+        cached = [int(value) for value in torch.stack(self._state.cached).tolist()]
+        for tier, filled, count in zip(self._tiers, self._filled, cached, strict=True):
+            if filled:
+                tier.held = self._tokens[:count]
 
     def counters(self) -> list[list[int]]:
-        """`State.counters` on the host."""
-        rows: list[list[int]] = self._state.counters.tolist()
-        return rows
+        """`State.counters` as of the last commit."""
+        if self._last is not None:
+            return self._last.counters
+        return [[0] * len(COUNTERS) for _ in self._tiers]
 
     def survived(self) -> list[int]:
         """Per tier, the tokens it put there among those committed after the prompt's first."""
-        origin = self._state.origin[len(self._prompt) + 1 : self._end]
+        origin = self._state.origin[len(self._prompt) + 1 : len(self._tokens)]
         return (
             torch.bincount(origin, minlength=self._plan.tiers).tolist()
             if origin.numel()
@@ -100,8 +123,8 @@ class Generation:
 
     def _write_request(self, params: SamplingParams, seed: int, stop_ids: Sequence[int]) -> None:
         state, device = self._state, self._state.tokens.device
-        state.tokens[: self._end].copy_(torch.tensor(self._prompt, device=device))
-        state.end.fill_(self._end)
+        state.tokens[: len(self._prompt)].copy_(torch.tensor(self._prompt, device=device))
+        state.end.fill_(len(self._prompt))
         state.limit.fill_(self._limit)
         state.ended.fill_(False)
         for cached in state.cached:
@@ -119,41 +142,57 @@ class Generation:
         state.counters.zero_()
         state.bad.fill_(NO_POSITION)
 
-    def _last_chunk(self) -> int:
-        """Where the prompt's last chunk begins."""
-        return (self._end - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    def _share(self, level: int, most: int) -> int:
+        """How many of the prompt's first tokens, up to `most`, are in a tier's cache; the rest is given up."""
+        tier = self._tiers[level]
+        count = min(shared_prefix(tier.held, self._prompt), most) if self._reuse else 0
+        # Before anything is written: an interrupted call must not leave an untrue list behind.
+        tier.held = tier.held[:count]
+        return count
 
-    def _prefill(self, level: int, upto: int) -> None:
-        """Put the whole chunks before position `upto` into a tier's cache, or all of them for a lower tier."""
-        target = level == self._plan.tiers - 1
-        stop = self._last_chunk() if target else upto
-        for begin in range(0, stop, PREFILL_CHUNK):
-            end = min(begin + PREFILL_CHUNK, stop)
+    def _fill_lower_tiers(self) -> None:
+        """The prompt into the caches of the lower tiers, once."""
+        for level in range(self._plan.tiers - 1):
+            if not self._filled[level]:
+                end = len(self._prompt)
+                self._prefill(level, self._share(level, end), end)
+                self._state.cached[level].fill_(end)
+                self._filled[level] = True
+
+    def _prefill(self, level: int, begin: int, end: int) -> None:
+        """Positions begin .. end - 1 of the prompt into a tier's cache, in chunks that end at fixed positions."""
+        while begin < end:
+            stop = min((begin // PREFILL_CHUNK + 1) * PREFILL_CHUNK, end)
             start = torch.full((), begin, device=self._state.tokens.device)
-            self._tiers[level].forward(self._state.tokens[begin:end], start, None, end)
+            self._tiers[level].forward(self._state.tokens[begin:stop], start, None, stop)
+            begin = stop
 
-    def _read(self, most: int) -> Commit:
+    def _furthest(self) -> int:
+        """An upper bound of `State.end`, with the rounds that were not read yet."""
+        return min(len(self._tokens) + self._reader.posted * self._plan.longest_commit, self._limit)
+
+    def _goes_on(self) -> bool:
+        """Whether rounds that were not read may leave something to do: each commits at least one token."""
+        return len(self._tokens) + self._reader.posted < self._limit
+
+    def _read(self) -> Commit:
         """The one look of the host at a round: what was committed, or which tier failed.
 
         Raises NonFiniteLogitsError; then the round's tokens are not committed and the caches are cleared.
         """
-        state = self._state
-        window = state.tokens[self._end : self._end + most]
-        head = torch.stack((state.end, state.ended.to(torch.int64)))
-        end, ended, *rest = torch.cat((head, state.bad, window)).tolist()
-        bad, tokens = rest[: self._plan.tiers], rest[self._plan.tiers :]
-        first = min(bad)
+        snapshot = self._reader.take()
+        first = min(snapshot.bad)
         if first != NO_POSITION:
             for tier in self._tiers:
                 tier.reset()
-            raise NonFiniteLogitsError(self._tiers[bad.index(first)].name, first)
-        made = end - self._end
-        tokens = tokens[:made]
-        logprobs = self._logprobs(tokens)
-        self._end = end
-        self.stopped = bool(ended)
-        self.finished = self.stopped or end >= self._limit
-        return Commit(tokens, logprobs)
+            self._filled = [False] * self._plan.tiers
+            raise NonFiniteLogitsError(self._tiers[snapshot.bad.index(first)].name, first)
+        logprobs = self._logprobs(snapshot.tokens)
+        self._tokens += snapshot.tokens
+        self._last = snapshot
+        self.stopped = snapshot.ended
+        self.finished = self.stopped or snapshot.end >= self._limit
+        return Commit(snapshot.tokens, logprobs)
 
     def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs]:
         rows = self._state.logprob_rows

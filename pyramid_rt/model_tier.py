@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ class ModelTier:
     cache: KVCache
     max_seq: int
     path: Path
+    held: list[int] = field(default_factory=list)
 
     @classmethod
     def load(
@@ -59,4 +60,5 @@ class ModelTier:
         return forward(self.model, self.cache, tokens, start, rows=rows, kv_bound=kv_bound)
 
     def reset(self) -> None:
+        self.held = []
         self.cache.buffer.zero_()

@@ -57,6 +57,8 @@ class Pyramid:
         defaults: options that calls do not give.
         control: "host" (default on a CPU) or "device" (default elsewhere); see DESIGN, section 6.
         plan: the memory plan it was loaded by.
+        prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
+            that grows) is not processed again from its start.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Pyramid:
         defaults: Mapping[str, Any] | None = None,
         control: str | None = None,
         plan: MemoryPlan | None = None,
+        prefix_reuse: bool = True,
     ) -> None:
         if not tiers:
             raise InputError("a pyramid needs at least one tier")
@@ -92,6 +95,7 @@ class Pyramid:
         self.defaults = dict(defaults or {})
         SamplingParams.build({}, self.defaults)
         self._gate = Gate()
+        self.prefix_reuse = prefix_reuse
         self._states: OrderedDict[tuple[Any, ...], State] = OrderedDict()
 
     @property
@@ -256,6 +260,8 @@ class Pyramid:
             if run.tokens:
                 error.partial = run.result("cancelled")
             raise
+        finally:
+            run.close()
         if run.over:
             last = run.flush()
             if last:
@@ -280,6 +286,7 @@ class _Run:
             request.seed,
             request.prompt,
             stop_ids,
+            pyramid.prefix_reuse,
         )
         self._text = (
             TextAssembler(pyramid.tokenizer, params.stop, frozenset(stop_ids), request.prompt)
@@ -315,6 +322,10 @@ class _Run:
             self._first = self._busy
         return piece
 
+    def close(self) -> None:
+        """Nothing more is wanted of the device."""
+        self._generation.close()
+
     def flush(self) -> str:
         """What was held back, now that nothing follows."""
         return self._text.flush() if self._text is not None else ""
@@ -333,6 +344,7 @@ class _Run:
             generation.survived(),
             generation.clock.seconds(),
             prompt_tokens=len(request.prompt),
+            reused_tokens=generation.reused,
             new_tokens=len(self.tokens),
             timing=Timing(self._first, self._busy),
         )

@@ -55,6 +55,7 @@ class Stats:
         method: name of the method, or "chain" for rules of the caller's own.
         tiers: small to large.
         prompt_tokens, new_tokens: counts.
+        reused_tokens: of the prompt, those whose keys and values the target still had from an earlier call.
         tokens_per_target_forward: committed tokens per target pass, without the one that prefill gave.
         differs: for a lossy method, the share of verified and committed tokens that are not the target's own
             token in that verify; None for a lossless one.
@@ -67,6 +68,7 @@ class Stats:
     method: str
     tiers: tuple[TierStats, ...]
     prompt_tokens: int
+    reused_tokens: int
     new_tokens: int
     tokens_per_target_forward: float | None
     differs: float | None
@@ -131,6 +133,7 @@ def summarise(
     survived: Sequence[int],
     seconds: Sequence[float],
     prompt_tokens: int,
+    reused_tokens: int,
     new_tokens: int,
     timing: Timing,
 ) -> Stats:
@@ -149,6 +152,7 @@ def summarise(
         method=method,
         tiers=tiers,
         prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
         new_tokens=new_tokens,
         tokens_per_target_forward=ratio(committed, forwards),
         differs=differs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +17,12 @@ class Tier(Protocol):
         vocab_size: columns that `forward` returns, at least the pyramid's common vocabulary.
         max_seq: positions the cache can hold, without the slack.
         device: where tokens and logits live.
+        held: token ids whose keys and values are in the cache, from position 0 on, as far as is known after a
+            call; a prompt that begins with them need not be processed again. Whoever else writes to the cache
+            must clear it.
     """
+
+    held: list[int]
 
     @property
     def name(self) -> str: ...
@@ -44,5 +50,15 @@ class Tier(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget the cache's contents, so that nothing non-finite in it survives."""
+        """Forget the cache's contents, `held` too, so that nothing non-finite in it survives."""
         ...
+
+
+def shared_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    count = 0
+    for ours, wanted in zip(held, prompt, strict=False):
+        if ours != wanted:
+            break
+        count += 1
+    return count

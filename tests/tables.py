@@ -31,6 +31,7 @@ class TableTier:
         self.max_seq = max_seq
         self.device = logits.device
         self.cache = torch.zeros(max_seq + 64, dtype=torch.int64) if cache is None else cache
+        self.held: list[int] = []
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
         places = start + torch.arange(tokens.shape[0])
@@ -44,6 +45,7 @@ class TableTier:
         return self.logits.reshape(size * size, size).gather(0, index)
 
     def reset(self) -> None:
+        self.held = []
         self.cache.zero_()
 
 

@@ -1,0 +1,89 @@
+"""The host's one look at a round: a small vector of numbers, copied while the device may already run the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyramid_rt.state import COUNTERS, Plan, State
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A round's outcome, as of its end.
+
+    Attributes:
+        tokens: committed by it.
+        end: positions known. ended: the last token is a stop token.
+        bad: per tier, the first position with non-finite logits, or NO_POSITION.
+        cached: per tier, positions its cache holds.
+        counters: `State.counters`.
+    """
+
+    tokens: list[int]
+    end: int
+    ended: bool
+    bad: list[int]
+    cached: list[int]
+    counters: list[list[int]]
+
+
+class RoundReader:
+    """Copies what the host wants to know of each round, in the order of the rounds.
+
+    `begin` and `post` go around a round and wait for nothing; `take` waits until the oldest posted round is
+    done. On CUDA the copy goes to pinned memory, and an event says when it is there.
+
+    Args:
+        plan, state: of the rounds.
+        ahead: most rounds that are posted and not taken.
+    """
+
+    def __init__(self, plan: Plan, state: State, ahead: int) -> None:
+        self._plan, self._state = plan, state
+        device = state.tokens.device
+        self._steps = torch.arange(plan.longest_commit, device=device)
+        self._begin = torch.zeros((), dtype=torch.int64, device=device)
+        self._cuda = device.type == "cuda"
+        size = 3 + plan.tiers * (2 + len(COUNTERS)) + plan.longest_commit
+        self._free = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ahead + 1)]
+        self._posted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    @property
+    def posted(self) -> int:
+        """Rounds posted and not yet taken."""
+        return len(self._posted)
+
+    def begin(self) -> None:
+        """Before a round: its tokens are those from here on."""
+        self._begin.copy_(self._state.end)
+
+    def post(self) -> None:
+        """After a round."""
+        s = self._state
+        head = torch.stack((self._begin, s.end, s.ended.to(torch.int64), *s.cached))
+        positions = (self._begin + self._steps).clamp(max=s.tokens.shape[0] - 1)
+        numbers = torch.cat((head, s.bad, s.counters.flatten(), s.tokens.gather(0, positions)))
+        place = self._free.pop()
+        place.copy_(numbers, non_blocking=True)
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._posted.append((place, event))
+
+    def take(self) -> Snapshot:
+        """The oldest posted round."""
+        place, event = self._posted.popleft()
+        if event is not None:
+            event.synchronize()
+        begin, end, ended, *rest = place.tolist()
+        self._free.append(place)
+        tiers, columns = self._plan.tiers, len(COUNTERS)
+        cached, bad, flat = rest[:tiers], rest[tiers : 2 * tiers], rest[2 * tiers :]
+        counters = [flat[row * columns : (row + 1) * columns] for row in range(tiers)]
+        tokens = flat[tiers * columns :]
+        return Snapshot(tokens[: end - begin], end, bool(ended), bad, cached, counters)
