@@ -59,7 +59,9 @@ def theirs(model: Any, new_tokens: int, device: str, **options: Any) -> Contende
 def compare_smollm2(directory: Path, device: str, dtype: str, repeats: int, new_tokens: int) -> Timings:
     """`ar` and transformers' generate on the SmolLM2 target."""
     model = load_peer(directory, getattr(torch, dtype)).to(device)
-    with pyramid_rt.load(directory / "target", device=device, dtype=dtype, max_seq=2048) as pyramid:
+    with pyramid_rt.load(
+        directory / "target", device=device, dtype=dtype, max_seq=2048, prefix_reuse=False
+    ) as pyramid:
         assert pyramid.tokenizer is not None
         every = cases()
         prompts: list[Sequence[int]] = [
@@ -80,7 +82,7 @@ def compare_demo(device: str, dtype: str, repeats: int, new_tokens: int) -> Timi
     directory = pyramid_rt.demo_weights()
     target = load_peer(directory, getattr(torch, dtype)).to(device)
     draft = load_peer(directory, getattr(torch, dtype), tier="draft").to(device)
-    with pyramid_rt.load(directory, device=device, dtype=dtype) as pyramid:
+    with pyramid_rt.load(directory, device=device, dtype=dtype, prefix_reuse=False) as pyramid:
         assert pyramid.tokenizer is not None
         prompts: list[Sequence[int]] = [pyramid.tokenizer.encode(prompt) for prompt in DEMO_PROMPTS]
         contenders = {method: ours(pyramid, method, new_tokens) for method in METHODS}

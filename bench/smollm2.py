@@ -412,7 +412,7 @@ def compare(
     import pyramid_rt
 
     oracle: Any = None
-    runtime = pyramid_rt.load(directory, dtype="float32")
+    runtime = pyramid_rt.load(directory, dtype="float32", prefix_reuse=False)
     try:
         for method in methods:
             for entry in fixture["prompts"]:

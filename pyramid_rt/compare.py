@@ -67,7 +67,8 @@ def compare(
     """Decode every prompt greedily by every method and measure.
 
     Methods take turns on each prompt (A B C, A B C, ...), so that a machine that slows down or speeds up
-    does so for all of them. All run to `max_new_tokens`, past any end-of-sequence: equal work.
+    does so for all of them. All run to `max_new_tokens`, past any end-of-sequence, and process the whole prompt
+    (`Pyramid.prefix_reuse` is off meanwhile): equal work.
 
     Args:
         pyramid: a loaded `Pyramid`.
@@ -86,6 +87,22 @@ def compare(
             prompt, method=method, max_new_tokens=tokens, temperature=0.0, ignore_eos=True
         )
 
+    kept, pyramid.prefix_reuse = pyramid.prefix_reuse, False
+    try:
+        return _measure(run, prompts, methods, max_new_tokens, repeats, budget, on_step)
+    finally:
+        pyramid.prefix_reuse = kept
+
+
+def _measure(
+    run: Callable[[str, str, int], GenerationResult],
+    prompts: Sequence[str],
+    methods: Sequence[str],
+    max_new_tokens: int,
+    repeats: int,
+    budget: float | None,
+    on_step: Callable[[str], None] | None,
+) -> list[MethodReport]:
     for method in methods:
         run(prompts[0], method, WARM_UP_TOKENS)
     tallies = {method: _Tally() for method in methods}

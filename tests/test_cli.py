@@ -197,9 +197,11 @@ class FakeResult:
 class FakePyramid:
     wrong: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
+    prefix_reuse: bool = True
 
     def generate(self, prompt: str, *, method: str, max_new_tokens: int, **options: Any) -> FakeResult:
         assert options == {"temperature": 0.0, "ignore_eos": True}
+        assert not self.prefix_reuse  # or the first method would pay for the prompt alone
         self.calls.append((prompt, method))
         time.sleep(0.001)
         first = 9 if method == self.wrong and prompt == "b" else 1
