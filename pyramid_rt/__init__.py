@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyramid_rt.api import demo_weights, generate, load
 from pyramid_rt.errors import (
     BusyError,
+    GraphCaptureError,
     InputError,
     MemoryPlanError,
     NonFiniteLogitsError,
@@ -26,6 +27,7 @@ __all__ = [
     "BusyError",
     "Fuzzy",
     "GenerationResult",
+    "GraphCaptureError",
     "InputError",
     "Match",
     "MemoryPlanError",

@@ -40,6 +40,7 @@ def load(
     backend: str | None = None,
     control: str | None = None,
     prefix_reuse: bool = True,
+    graphs: bool | None = None,
     progress: Progress | None = None,
 ) -> Pyramid:
     """Load a pyramid and keep it.
@@ -52,6 +53,8 @@ def load(
         backend: "triton" (the default on CUDA) or "torch" (the default on a CPU, and runs on both).
         control: "host" or "device", who ends an inner round; by default the host on a CPU.
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
+        graphs: run rounds as CUDA graphs; by default on CUDA under device control. Those of the default method
+            are captured here, others at first use or by `Pyramid.prepare`.
         progress: called with (tier, bytes read, bytes in all).
 
     Raises:
@@ -83,7 +86,7 @@ def load(
         )
         for name, path in directory.tiers.items()
     ]
-    return Pyramid(
+    pyramid = Pyramid(
         tiers,
         tokenizer=tokenizers["target"],
         eos_token_ids=configs["target"].eos_token_ids,
@@ -92,7 +95,11 @@ def load(
         control=control,
         plan=plan,
         prefix_reuse=prefix_reuse,
+        graphs=graphs,
     )
+    if pyramid.graphs:
+        pyramid.prepare()
+    return pyramid
 
 
 def generate(

@@ -28,6 +28,10 @@ class MemoryPlanError(PyramidError, MemoryError):
     """The tiers do not fit into the device's memory; the message holds the plan."""
 
 
+class GraphCaptureError(PyramidError, RuntimeError):
+    """A round could not be captured as a CUDA graph; the message says which, where and what to do instead."""
+
+
 class BusyError(PyramidError, RuntimeError):
     """The pyramid cannot take the call: it is closed, or this thread's own stream is still open."""
 

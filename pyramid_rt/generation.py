@@ -9,12 +9,12 @@ import torch
 
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.readback import RoundReader, Snapshot
-from pyramid_rt.recursion import Recursion
+from pyramid_rt.readback import Snapshot
 from pyramid_rt.result import TokenLogprobs
-from pyramid_rt.state import COUNTERS, NO_POSITION, Plan, State
+from pyramid_rt.rounds import Rounds
+from pyramid_rt.state import COUNTERS, NO_POSITION
 from pyramid_rt.stats import ForwardClock
-from pyramid_rt.tiers import Tier, shared_prefix
+from pyramid_rt.tiers import shared_prefix
 
 PREFILL_CHUNK = 512
 
@@ -34,9 +34,8 @@ class Generation:
     wait for the host; what the device decoded beyond the last commit the host took is nobody's.
 
     Args:
-        tiers: those of the method, small to large.
-        plan, state: matching buffers; everything of the request in `state` is overwritten.
-        vocab_size: columns of the logits that are decoded over.
+        rounds: of the method; everything of the request in its state is overwritten.
+        thresholds: one per rule, used by the fuzzy ones.
         prompt: 1 to max_seq - 1 token ids.
         stop_ids: ids that end the sequence.
         reuse: take what the tiers' caches hold of the prompt already.
@@ -44,33 +43,29 @@ class Generation:
 
     def __init__(
         self,
-        tiers: Sequence[Tier],
-        plan: Plan,
-        state: State,
-        vocab_size: int,
+        rounds: Rounds,
+        thresholds: Sequence[float],
         params: SamplingParams,
         seed: int,
         prompt: Sequence[int],
         stop_ids: Sequence[int],
+        *,
         reuse: bool = True,
     ) -> None:
-        self._tiers, self._plan, self._state = tiers, plan, state
+        self._rounds, self._tiers, self._plan, self._state = rounds, rounds.tiers, rounds.plan, rounds.state
         self._reuse = reuse
         self._prompt = list(prompt)
         self._tokens = list(prompt)
-        self._context = min(tier.max_seq for tier in tiers)
-        self._filled = [False] * plan.tiers
-        self.clock = ForwardClock(plan.tiers, state.tokens.device)
-        self._recursion = Recursion(tiers, plan, state, vocab_size, self.clock)
-        # Log-probabilities are read from rows that the next round overwrites.
-        self._ahead = 0 if plan.host_control or plan.logprobs is not None else 1
-        self._reader = RoundReader(plan, state, self._ahead)
+        self._context = min(tier.max_seq for tier in self._tiers)
+        self._filled = [False] * self._plan.tiers
+        self._clock = ForwardClock(self._plan.tiers, self._state.tokens.device)
+        rounds.restart(self._clock)
         self._last: Snapshot | None = None
         self._limit = min(len(prompt) + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0
         self.stopped = False
         self.reused = 0
-        self._write_request(params, seed, stop_ids)
+        self._write_request(thresholds, params, seed, stop_ids)
 
     @torch.inference_mode()
     def start(self) -> Commit:
@@ -82,21 +77,18 @@ class Generation:
         window = self._state.tokens[begin:end]
         row = torch.full((1,), end - 1 - begin, device=window.device)
         start = torch.full((), begin, device=window.device)
-        self._reader.begin()
-        self._recursion.first_token(row, end, window, start)
+        self._rounds.first_token(row, end, window, start)
         self._filled[target] = True
-        self._reader.post()
-        self.clock.restart()
+        self._clock.restart()
         return self._read()
 
     @torch.inference_mode()
     def advance(self) -> Commit:
         """The tokens of the next outer round."""
         self._fill_lower_tiers()
-        while self._reader.posted <= self._ahead and (self._reader.posted == 0 or self._goes_on()):
-            self._reader.begin()
-            self._recursion.outer_round(self._furthest())
-            self._reader.post()
+        rounds = self._rounds
+        while rounds.unread <= rounds.ahead and (rounds.unread == 0 or self._goes_on()):
+            rounds.launch(self._furthest())
         return self._read()
 
     def close(self) -> None:
@@ -112,6 +104,10 @@ class Generation:
             return self._last.counters
         return [[0] * len(COUNTERS) for _ in self._tiers]
 
+    def seconds(self) -> list[float | None]:
+        """Per tier, spent in its forwards; None where captured rounds hide it."""
+        return [None] * self._plan.tiers if self._rounds.captured else list(self._clock.seconds())
+
     def survived(self) -> list[int]:
         """Per tier, the tokens it put there among those committed after the prompt's first."""
         origin = self._state.origin[len(self._prompt) + 1 : len(self._tokens)]
@@ -121,7 +117,9 @@ class Generation:
             else [0] * self._plan.tiers
         )
 
-    def _write_request(self, params: SamplingParams, seed: int, stop_ids: Sequence[int]) -> None:
+    def _write_request(
+        self, thresholds: Sequence[float], params: SamplingParams, seed: int, stop_ids: Sequence[int]
+    ) -> None:
         state, device = self._state, self._state.tokens.device
         state.tokens[: len(self._prompt)].copy_(torch.tensor(self._prompt, device=device))
         state.end.fill_(len(self._prompt))
@@ -137,8 +135,8 @@ class Generation:
         state.top_k.fill_(params.top_k)
         state.top_p.fill_(params.top_p)
         state.min_p.fill_(params.min_p)
-        for stage, rule in enumerate(self._plan.rules):
-            state.thresholds[stage] = getattr(rule, "threshold", 0.0)
+        for stage, threshold in enumerate(thresholds):
+            state.thresholds[stage] = threshold
         state.counters.zero_()
         state.bad.fill_(NO_POSITION)
 
@@ -169,18 +167,18 @@ class Generation:
 
     def _furthest(self) -> int:
         """An upper bound of `State.end`, with the rounds that were not read yet."""
-        return min(len(self._tokens) + self._reader.posted * self._plan.longest_commit, self._limit)
+        return min(len(self._tokens) + self._rounds.unread * self._plan.longest_commit, self._limit)
 
     def _goes_on(self) -> bool:
         """Whether rounds that were not read may leave something to do: each commits at least one token."""
-        return len(self._tokens) + self._reader.posted < self._limit
+        return len(self._tokens) + self._rounds.unread < self._limit
 
     def _read(self) -> Commit:
         """The one look of the host at a round: what was committed, or which tier failed.
 
         Raises NonFiniteLogitsError; then the round's tokens are not committed and the caches are cleared.
         """
-        snapshot = self._reader.take()
+        snapshot = self._rounds.read()
         first = min(snapshot.bad)
         if first != NO_POSITION:
             for tier in self._tiers:

@@ -13,12 +13,14 @@ import torch
 
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
 from pyramid_rt.generation import Generation
+from pyramid_rt.graphs import CudaRecorder, Recorder
 from pyramid_rt.memory import MemoryPlan
 from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
+from pyramid_rt.rounds import Rounds
 from pyramid_rt.rules import Fuzzy, Rule
-from pyramid_rt.state import Plan, State
+from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise
 from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
 from pyramid_rt.text import TextAssembler
@@ -27,7 +29,7 @@ from pyramid_rt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 CHAIN = "chain"
-_STATES_KEPT = 4
+_ROUNDS_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,12 @@ class Pyramid:
         plan: the memory plan it was loaded by.
         prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
             that grows) is not processed again from its start.
+        graphs: run outer rounds as CUDA graphs, captured at first use or by `prepare`; by default wherever the
+            device is CUDA and controls itself.
+        recorder: what captures; by default CUDA's. For tests.
+
+    Raises:
+        InputError: the tiers, rules or options do not fit each other.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class Pyramid:
         control: str | None = None,
         plan: MemoryPlan | None = None,
         prefix_reuse: bool = True,
+        graphs: bool | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if not tiers:
             raise InputError("a pyramid needs at least one tier")
@@ -96,12 +106,18 @@ class Pyramid:
         SamplingParams.build({}, self.defaults)
         self._gate = Gate()
         self.prefix_reuse = prefix_reuse
-        self._states: OrderedDict[tuple[Any, ...], State] = OrderedDict()
+        self._recorder = self._choose_recorder(graphs, recorder)
+        self._kept: OrderedDict[tuple[Any, ...], Rounds] = OrderedDict()
 
     @property
     def max_seq(self) -> int:
         """Positions a sequence may have, prompt included."""
         return min(tier.max_seq for tier in self.tiers)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether outer rounds run as CUDA graphs."""
+        return self._recorder is not None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -162,7 +178,7 @@ class Pyramid:
             raise
         self._gate.closed = True
         self.tiers = ()
-        self._states.clear()
+        self._kept.clear()
         self._gate.leave()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -173,19 +189,62 @@ class Pyramid:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def prepare(self, **options: Unpack[Options]) -> int:
+        """Take the buffers and capture the graphs that calls with these options will use, ahead of the first.
+
+        A combination of method, lengths, kinds of rules and divergences, filters on or off and logprobs is
+        captured once; temperature, filter values, seed, thresholds and lengths of requests are not part of it.
+        Without graphs only the buffers are taken.
+
+        Args:
+            options: as of `generate`; those that play no part are ignored.
+
+        Returns: how many graphs were captured; 0 where all were there.
+
+        Raises:
+            InputError: an option is wrong. BusyError: as `generate`. GraphCaptureError: a capture failed.
+        """
+        params, _, tiers, rules = self._chosen(options)
+        plan = self.make_plan(params, rules)
+        self._gate.enter(threading.get_ident())
+        try:
+            rounds = self._rounds(tiers, plan)
+            with torch.inference_mode():
+                return rounds.prepare()
+        finally:
+            self._gate.leave()
+
     # From the call to checked work
 
-    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
+    def _choose_recorder(self, graphs: bool | None, recorder: Recorder | None) -> Recorder | None:
+        if graphs is None:
+            graphs = recorder is not None or (self.device.type == "cuda" and self.control == "device")
+        if not graphs:
+            return None
+        if self.control == "host":
+            raise InputError(
+                "graphs=True needs control='device': under host control rounds have no fixed shape"
+            )
+        if recorder is None and self.device.type != "cuda":
+            raise InputError(f"graphs=True needs a CUDA device, found {str(self.device)!r}")
+        return recorder or CudaRecorder(self.device)
+
+    def _chosen(
+        self, options: Mapping[str, Any]
+    ) -> tuple[SamplingParams, str, tuple[Tier, ...], tuple[Rule, ...]]:
+        """Checked options, and the method, tiers and rules they mean."""
         if self._gate.closed:
             raise BusyError("the pyramid is closed")
         params = SamplingParams.build(options, {**self.defaults, "method": None})
         method = params.method or self.default_method
         if method == CHAIN:
             assert self.rules is not None
-            tiers, rules = self.tiers, self.rules
-        else:
-            tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
-            rules = rules_of(method, params.rule_options)
+            return params, method, self.tiers, self.rules
+        tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
+        return params, method, tiers, rules_of(method, params.rule_options)
+
+    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
+        params, method, tiers, rules = self._chosen(options)
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this pyramid has none")
         for token in params.stop_token_ids:
@@ -233,18 +292,20 @@ class Pyramid:
 
     # Decoding
 
-    def _state(self, plan: Plan) -> State:
-        """Buffers for a plan; thresholds are device values, so plans that differ only there share them."""
+    def _rounds(self, tiers: tuple[Tier, ...], plan: Plan) -> Rounds:
+        """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
         rules = tuple(
             replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
         )
-        key = (rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
-        if key not in self._states:
-            while len(self._states) >= _STATES_KEPT:
-                self._states.popitem(last=False)
-            self._states[key] = State.allocate(plan, self.max_seq, self.vocab_size, self.device)
-        self._states.move_to_end(key)
-        return self._states[key]
+        names = tuple(tier.name for tier in tiers)
+        key = (names, rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
+        if key not in self._kept:
+            while len(self._kept) >= _ROUNDS_KEPT:
+                self._kept.popitem(last=False)
+            plan = replace(plan, rules=rules)
+            self._kept[key] = Rounds(tiers, plan, self.vocab_size, self.max_seq, self.device, self._recorder)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def _work(self, request: _Request, cancelled: Callable[[], bool]) -> Work:
         """Decode, yielding text; the generator's return value is the result."""
@@ -278,15 +339,13 @@ class _Run:
         self._request = request
         params = request.params
         self._generation = Generation(
-            request.tiers,
-            request.plan,
-            pyramid._state(request.plan),
-            pyramid.vocab_size,
+            pyramid._rounds(request.tiers, request.plan),
+            [getattr(rule, "threshold", 0.0) for rule in request.plan.rules],
             params,
             request.seed,
             request.prompt,
             stop_ids,
-            pyramid.prefix_reuse,
+            reuse=pyramid.prefix_reuse,
         )
         self._text = (
             TextAssembler(pyramid.tokenizer, params.stop, frozenset(stop_ids), request.prompt)
@@ -342,7 +401,7 @@ class _Run:
             [tier.name for tier in request.tiers],
             generation.counters(),
             generation.survived(),
-            generation.clock.seconds(),
+            generation.seconds(),
             prompt_tokens=len(request.prompt),
             reused_tokens=generation.reused,
             new_tokens=len(self.tokens),

@@ -34,8 +34,9 @@ class Snapshot:
 class RoundReader:
     """Copies what the host wants to know of each round, in the order of the rounds.
 
-    `begin` and `post` go around a round and wait for nothing; `take` waits until the oldest posted round is
-    done. On CUDA the copy goes to pinned memory, and an event says when it is there.
+    `begin` and `gather` go around a round and may be captured with it. `post` starts the copy to the host and
+    waits for nothing; `take` waits until the oldest posted round is done. On CUDA the copy goes to pinned memory,
+    and an event says when it is there.
 
     Args:
         plan, state: of the rounds.
@@ -49,6 +50,7 @@ class RoundReader:
         self._begin = torch.zeros((), dtype=torch.int64, device=device)
         self._cuda = device.type == "cuda"
         size = 3 + plan.tiers * (2 + len(COUNTERS)) + plan.longest_commit
+        self._numbers = torch.zeros(size, dtype=torch.int64, device=device)
         self._free = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ahead + 1)]
         self._posted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
@@ -61,19 +63,28 @@ class RoundReader:
         """Before a round: its tokens are those from here on."""
         self._begin.copy_(self._state.end)
 
-    def post(self) -> None:
-        """After a round."""
+    def gather(self) -> None:
+        """After a round, on the device: what the host will want to know of it."""
         s = self._state
         head = torch.stack((self._begin, s.end, s.ended.to(torch.int64), *s.cached))
         positions = (self._begin + self._steps).clamp(max=s.tokens.shape[0] - 1)
-        numbers = torch.cat((head, s.bad, s.counters.flatten(), s.tokens.gather(0, positions)))
+        numbers = (head, s.bad, s.counters.flatten(), s.tokens.gather(0, positions))
+        torch.cat(numbers, out=self._numbers)
+
+    def post(self) -> None:
+        """After `gather`: send it to the host."""
         place = self._free.pop()
-        place.copy_(numbers, non_blocking=True)
+        place.copy_(self._numbers, non_blocking=True)
         event = None
         if self._cuda:
             event = torch.cuda.Event()
             event.record()
         self._posted.append((place, event))
+
+    def drop(self) -> None:
+        """Forget the rounds that nobody took."""
+        self._free += [place for place, _ in self._posted]
+        self._posted.clear()
 
     def take(self) -> Snapshot:
         """The oldest posted round."""

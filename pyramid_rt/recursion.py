@@ -46,6 +46,11 @@ class Recursion:
         self._capacity = state.tokens.shape[-1]
         self._horizon = self._capacity
 
+    def restart(self, clock: Clock | None) -> None:
+        """A new request with a seed of its own begins; its forwards are timed by this clock."""
+        self.clock = clock
+        self._noise_rows = _NoiseRows() if self.plan.host_control else None
+
     def outer_round(self, known_end: int | None = None) -> None:
         """Commit at least one token, unless the sequence is finished already.
 

@@ -25,7 +25,7 @@ class TierStats:
     Attributes:
         name: of the tier.
         forwards: forward passes, without prefill and without inactive rounds.
-        seconds: spent in those forwards.
+        seconds: spent in those forwards; None where rounds ran as CUDA graphs, which hide it.
         survived: tokens this tier put there that were committed.
         proposed: its tokens that were verified, after cuts at stop tokens and limits.
         accepted: of those, the ones that stood.
@@ -37,7 +37,7 @@ class TierStats:
 
     name: str
     forwards: int
-    seconds: float
+    seconds: float | None
     survived: int
     proposed: int | None = None
     accepted: int | None = None
@@ -131,7 +131,7 @@ def summarise(
     names: Sequence[str],
     counters: Sequence[Sequence[int]],
     survived: Sequence[int],
-    seconds: Sequence[float],
+    seconds: Sequence[float | None],
     prompt_tokens: int,
     reused_tokens: int,
     new_tokens: int,
@@ -166,7 +166,7 @@ def summarise(
 
 
 def _tier_stats(
-    name: str, row: Sequence[int], survived: int, seconds: float, *, proposing: bool
+    name: str, row: Sequence[int], survived: int, seconds: float | None, *, proposing: bool
 ) -> TierStats:
     count = {column: row[index] for column, index in COLUMN.items()}
     own = TierStats(name, count["forwards"], seconds, survived)

@@ -1,0 +1,151 @@
+"""Outer rounds captured as CUDA graphs: one per plan and bound of the cache, all in one memory pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from pyramid_rt.errors import GraphCaptureError
+from pyramid_rt.recursion import Recursion
+from pyramid_rt.state import MAX_WINDOW, State
+
+# A graph looks at one number of cache rows; a short text takes the first of these that holds it.
+_SMALLEST_HORIZON = 512
+_WARM_UP_RUNS = 2
+
+Step = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Turns work on the device into something that repeats it."""
+
+    def capture(self, work: Step) -> Step:
+        """Record `work`, which reads nothing back; what is returned repeats it. Does not run it."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs of one device. All share one pool: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Step) -> Step:
+        """Warm up on a side stream, so that libraries and kernels are loaded, then record.
+
+        Raises whatever the work or CUDA raises; the stream is out of capture mode then.
+        """
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP_RUNS):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        return graph.replay
+
+
+@contextmanager
+def parked(state: State, context: int) -> Iterator[None]:
+    """Rounds that run inside find nothing to do, and what they write lands in the slack past the context.
+
+    But for one row: the steps of a burst after its first write at end - 1, the context's last position. Nobody
+    reads what a draft holds there, since a draft's cache ends before the last token of a text.
+
+    The scalars and counters that a round may change are put back afterwards.
+    """
+    changed = [state.end, state.limit, state.ended, state.counters, state.bad, *state.cached]
+    before = [value.clone() for value in changed]
+    state.end.fill_(context)
+    state.limit.fill_(0)
+    state.ended.fill_(True)
+    for cached in state.cached:
+        cached.fill_(context)
+    try:
+        yield
+    finally:
+        for value, old in zip(changed, before, strict=True):
+            value.copy_(old)
+
+
+class _Whereabouts:
+    """A clock that measures nothing and remembers which tier's forward came last."""
+
+    def __init__(self) -> None:
+        self.level: int | None = None
+
+    @contextmanager
+    def measure(self, level: int) -> Iterator[None]:
+        self.level = level
+        yield
+
+
+class GraphedRound:
+    """An outer round, captured once per bound of the cache and repeated.
+
+    Args:
+        recursion: whose rounds they are; its buffers must outlive the graphs.
+        work: one round with all that belongs to it, given `known_end` as `Recursion.outer_round` takes it.
+        context: positions of the caches, slack excluded.
+        names: of the tiers, for errors.
+        recorder: what captures.
+    """
+
+    def __init__(
+        self,
+        recursion: Recursion,
+        work: Callable[[int], None],
+        context: int,
+        names: tuple[str, ...],
+        recorder: Recorder,
+    ) -> None:
+        self._recursion, self._work, self._context = recursion, work, context
+        self._names, self._recorder = names, recorder
+        self._captured: dict[int, Step] = {}
+
+    def run(self, known_end: int) -> None:
+        """One round; captured first where this bound has not come up yet."""
+        horizon = self.horizon(known_end)
+        if horizon not in self._captured:
+            self._captured[horizon] = self._capture(horizon)
+        self._captured[horizon]()
+
+    def prepare(self) -> int:
+        """Capture every bound that can come up; how many were new."""
+        horizons = {self.horizon(end) for end in range(0, self._context + 1, _SMALLEST_HORIZON // 2)}
+        horizons.add(self.horizon(self._context))
+        new = sorted(horizons - self._captured.keys())
+        for horizon in new:
+            self._captured[horizon] = self._capture(horizon)
+        return len(new)
+
+    def horizon(self, known_end: int) -> int:
+        """Cache rows that a graph for this end looks at: a power of two, or all there are."""
+        needed = known_end + self._recursion.plan.longest_commit + MAX_WINDOW
+        rows = max(_SMALLEST_HORIZON, 1 << (needed - 1).bit_length())
+        return min(rows, self._context + MAX_WINDOW)
+
+    def _capture(self, horizon: int) -> Step:
+        known_end = horizon - self._recursion.plan.longest_commit - MAX_WINDOW
+        kept, whereabouts = self._recursion.clock, _Whereabouts()
+        self._recursion.clock = whereabouts
+        try:
+            with parked(self._recursion.state, self._context):
+                return self._recorder.capture(lambda: self._work(known_end))
+        except Exception as error:
+            level = whereabouts.level
+            where = "before the first forward" if level is None else f"at tier {self._names[level]!r}"
+            raise GraphCaptureError(
+                f"capturing an outer round of {'/'.join(self._names)} for {horizon} cache rows failed {where}: "
+                f"{error}; graphs=False runs the same rounds without capture"
+            ) from error
+        finally:
+            self._recursion.clock = kept
