@@ -11,7 +11,7 @@ from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.readback import Snapshot
 from pyramid_rt.result import TokenLogprobs
-from pyramid_rt.rounds import Rounds
+from pyramid_rt.engine import Engine
 from pyramid_rt.state import COUNTERS, NO_POSITION
 from pyramid_rt.stats import ForwardClock
 from pyramid_rt.tiers import shared_prefix
@@ -34,7 +34,7 @@ class Generation:
     wait for the host; what the device decoded beyond the last commit the host took is nobody's.
 
     Args:
-        rounds: of the method; everything of the request in its state is overwritten.
+        engine: of the method; everything of the request in its state is overwritten.
         thresholds: one per rule, used by the fuzzy ones.
         prompt: 1 to max_seq - 1 token ids.
         stop_ids: ids that end the sequence.
@@ -43,7 +43,7 @@ class Generation:
 
     def __init__(
         self,
-        rounds: Rounds,
+        engine: Engine,
         thresholds: Sequence[float],
         params: SamplingParams,
         seed: int,
@@ -52,14 +52,14 @@ class Generation:
         *,
         reuse: bool = True,
     ) -> None:
-        self._rounds, self._tiers, self._plan, self._state = rounds, rounds.tiers, rounds.plan, rounds.state
+        self._engine, self._tiers, self._plan, self._state = engine, engine.tiers, engine.plan, engine.state
         self._reuse = reuse
         self._prompt = list(prompt)
         self._tokens = list(prompt)
         self._context = min(tier.max_seq for tier in self._tiers)
         self._filled = [False] * self._plan.tiers
         self._clock = ForwardClock(self._plan.tiers, self._state.tokens.device)
-        rounds.restart(self._clock)
+        engine.restart(self._clock)
         self._last: Snapshot | None = None
         self._limit = min(len(prompt) + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0
@@ -77,7 +77,7 @@ class Generation:
         window = self._state.tokens[begin:end]
         row = torch.full((1,), end - 1 - begin, device=window.device)
         start = torch.full((), begin, device=window.device)
-        self._rounds.first_token(row, end, window, start)
+        self._engine.first_token(row, end, window, start)
         self._filled[target] = True
         self._clock.restart()
         return self._read()
@@ -86,9 +86,9 @@ class Generation:
     def advance(self) -> Commit:
         """The tokens of the next outer round."""
         self._fill_lower_tiers()
-        rounds = self._rounds
-        while rounds.unread <= rounds.ahead and (rounds.unread == 0 or self._goes_on()):
-            rounds.launch(self._furthest())
+        engine = self._engine
+        while engine.unread <= engine.ahead and (engine.unread == 0 or self._goes_on()):
+            engine.launch(self._furthest())
         return self._read()
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class Generation:
 
     def seconds(self) -> list[float | None]:
         """Per tier, spent in its forwards; None where captured rounds hide it."""
-        return [None] * self._plan.tiers if self._rounds.captured else list(self._clock.seconds())
+        return [None] * self._plan.tiers if self._engine.captured else list(self._clock.seconds())
 
     def survived(self) -> list[int]:
         """Per tier, the tokens it put there among those committed after the prompt's first."""
@@ -167,18 +167,18 @@ class Generation:
 
     def _furthest(self) -> int:
         """An upper bound of `State.end`, with the rounds that were not read yet."""
-        return min(len(self._tokens) + self._rounds.unread * self._plan.longest_commit, self._limit)
+        return min(len(self._tokens) + self._engine.unread * self._plan.longest_commit, self._limit)
 
     def _goes_on(self) -> bool:
         """Whether rounds that were not read may leave something to do: each commits at least one token."""
-        return len(self._tokens) + self._rounds.unread < self._limit
+        return len(self._tokens) + self._engine.unread < self._limit
 
     def _read(self) -> Commit:
         """The one look of the host at a round: what was committed, or which tier failed.
 
         Raises NonFiniteLogitsError; then the round's tokens are not committed and the caches are cleared.
         """
-        snapshot = self._rounds.read()
+        snapshot = self._engine.read()
         first = min(snapshot.bad)
         if first != NO_POSITION:
             for tier in self._tiers:

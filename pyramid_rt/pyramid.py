@@ -18,7 +18,7 @@ from pyramid_rt.memory import MemoryPlan
 from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
-from pyramid_rt.rounds import Rounds
+from pyramid_rt.engine import Engine
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise
@@ -29,7 +29,7 @@ from pyramid_rt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 CHAIN = "chain"
-_ROUNDS_KEPT = 4
+_ENGINES_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Pyramid:
         self._gate = Gate()
         self.prefix_reuse = prefix_reuse
         self._recorder = self._choose_recorder(graphs, recorder)
-        self._kept: OrderedDict[tuple[Any, ...], Rounds] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
 
     @property
     def max_seq(self) -> int:
@@ -208,9 +208,9 @@ class Pyramid:
         plan = self.make_plan(params, rules)
         self._gate.enter(threading.get_ident())
         try:
-            rounds = self._rounds(tiers, plan)
+            engine = self._engine(tiers, plan)
             with torch.inference_mode():
-                return rounds.prepare()
+                return engine.prepare()
         finally:
             self._gate.leave()
 
@@ -292,7 +292,7 @@ class Pyramid:
 
     # Decoding
 
-    def _rounds(self, tiers: tuple[Tier, ...], plan: Plan) -> Rounds:
+    def _engine(self, tiers: tuple[Tier, ...], plan: Plan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
         rules = tuple(
             replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
@@ -300,10 +300,10 @@ class Pyramid:
         names = tuple(tier.name for tier in tiers)
         key = (names, rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
         if key not in self._kept:
-            while len(self._kept) >= _ROUNDS_KEPT:
+            while len(self._kept) >= _ENGINES_KEPT:
                 self._kept.popitem(last=False)
             plan = replace(plan, rules=rules)
-            self._kept[key] = Rounds(tiers, plan, self.vocab_size, self.max_seq, self.device, self._recorder)
+            self._kept[key] = Engine(tiers, plan, self.vocab_size, self.max_seq, self.device, self._recorder)
         self._kept.move_to_end(key)
         return self._kept[key]
 
@@ -339,7 +339,7 @@ class _Run:
         self._request = request
         params = request.params
         self._generation = Generation(
-            pyramid._rounds(request.tiers, request.plan),
+            pyramid._engine(request.tiers, request.plan),
             [getattr(rule, "threshold", 0.0) for rule in request.plan.rules],
             params,
             request.seed,

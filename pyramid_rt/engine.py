@@ -1,4 +1,4 @@
-"""The outer rounds of one plan, on buffers taken once: eager or captured, and what the host learns of each."""
+"""Runs the outer rounds of one plan, on buffers taken once: eager or captured, and what the host learns of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import Tier
 
 
-class Rounds:
+class Engine:
     """Kept between calls; a call overwrites everything of the request in `state`.
 
     Args:
