@@ -45,6 +45,14 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        # All tensors of a launch are on one device, its plan saw to that.
+        tensor = next(arg for arg in self.args if isinstance(arg, Tensor))
+        if tensor.device.type not in ("cuda", "meta") and not interpreted(self.kernel):
+            raise ValueError(
+                f"a tensor is on {tensor.device}, expected a CUDA device or Triton's interpreter"
+            )
+
     def run(self) -> None:
         """Start it on the current stream."""
         self.kernel[self.grid](*self.args, **self.kwargs)
@@ -126,6 +134,13 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}, expected 1 along the last axis")
     if tensor.dim() > 1 and tensor.stride(-2) < tensor.shape[-1] and tensor.shape[-2] > 1:
         raise ValueError(f"{name} has strides {tensor.stride()}, expected rows that do not overlap")
+
+
+def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what is not one element of `dtype` on `device`, of any number of axes."""
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected one element")
+    check_tensor(name, tensor.view(()), (), dtype, device)
 
 
 def check_length(length: int) -> None:
@@ -368,14 +383,14 @@ def partial_offsets(
 
 
 @triton.jit
-def arrive(counters_ptr: tl.tensor, index: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
-    """Count a split as done, after its partials are stored; whether it was the last one."""
+def arrive(counter_ptr: tl.tensor, expected: tl.tensor) -> tl.tensor:
+    """Announce this program's partials; whether it is the last of `expected`, which resets the counter."""
     # Triton 3.6 puts no barrier before an atomic of its own: without this one, other warps' partials may
     # still be on their way when the count goes up.
     tl.debug_barrier()
-    last = tl.atomic_add(counters_ptr + index, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
-        tl.store(counters_ptr + index, 0)
+        tl.store(counter_ptr, 0)
     return last
 
 
@@ -405,7 +420,7 @@ def combine(
             tl.store(partials_ptr + partial_offsets(tile, split, first + 16, SPLITS, BLOCK_N), acc1)
             tl.store(partials_ptr + partial_offsets(tile, split, first + 32, SPLITS, BLOCK_N), acc2)
             tl.store(partials_ptr + partial_offsets(tile, split, first + 48, SPLITS, BLOCK_N), acc3)
-        last = arrive(counters_ptr, tile * 4 + first // 16, SPLITS)
+        last = arrive(counters_ptr + tile * 4 + first // 16, SPLITS)
         if last:
             acc0 = sum_partials(partials_ptr, tile, first, SPLITS, BLOCK_N)
             if SUBS == 4:

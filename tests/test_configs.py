@@ -85,6 +85,15 @@ def test_a_configuration_no_kernel_takes_is_refused(change: dict[str, int], mess
         replace(CONFIG, **change)
 
 
+def test_a_compiled_kernel_takes_no_tensor_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = zeros(4, 64), torch.zeros(4, dtype=torch.int64, device=DEVICE), 3, zeros(64, 64), zeros(1, 64)
+    embed.plan(*arguments)
+    monkeypatch.setattr(common, "interpreted", lambda _: False)
+    cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with pytest.raises(ValueError, match=r"^table is on cpu, expected a CUDA device"):
+        embed.plan(*cpu)
+
+
 def test_a_step_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launchers may build no tensor: in a captured graph it would come from the graph's pool."""
     x, out, sums = window(3, 64, dtype=torch.float32), zeros(64, 64), zeros(1, 64)
