@@ -282,6 +282,7 @@ class Compiled:
     """One kernel, looked at."""
 
     kernel: Kernel
+    binary: str
     figures: Figures
     needs: Needs
     wrong: list[str]
@@ -343,7 +344,7 @@ def compile_job(job: Job) -> list[Compiled]:
             if len({binary.hash for binary in binaries}) != 1:
                 wrong.append(f"T in {LENGTHS} does not share one binary")
             kernel = Kernel(job.op, job.dtype, variant.name, shape.name)
-            result.append(Compiled(kernel, seen[name], variant.needs, wrong))
+            result.append(Compiled(kernel, name, seen[name], variant.needs, wrong))
     return result
 
 
@@ -410,10 +411,21 @@ def compile_all(jobs: list[Job], workers: int) -> list[list[Compiled]]:
     # The interpreter would take the place of the compiler; workers start after this, and import after it.
     os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")
+    results = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            return list(pool.map(compile_job, jobs))
+            for job, compiled in zip(jobs, pool.map(compile_job, jobs), strict=True):
+                binaries = len({c.binary for c in compiled})
+                print(
+                    f"sm_{job.arch} {job.op} {job.dtype}: {len(compiled)} kernels in {binaries} binaries",
+                    flush=True,
+                )
+                for c in compiled:
+                    for line in c.wrong:
+                        print(f"FAILS: {c.kernel}: {line}", flush=True)
+                results.append(compiled)
+    return results
 
 
 def main() -> int:
