@@ -154,9 +154,10 @@ def _store(
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits and statistics of a [BLOCK_N, 16] product."""
-    out_ptr, stride_out, statistics, noise, vocab, padded, dtype, NOISY, LOG2 = epilogue
+    w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded, NOISY, LOG2 = epilogue
     peak_ptr, total_ptr, best_ptr, token_ptr = statistics
     seed_ptr, positions_ptr, temperature_ptr = noise
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     row = column + tl.arange(0, 16)
     keep = row < count
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -225,8 +226,7 @@ def head_kernel(
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
-    epilogue = (out_ptr, stride_out, statistics, noise, vocab, padded, dtype, NOISY, BLOCK_LOG2)
+    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded, NOISY, BLOCK_LOG2)
     product(
         (x_ptr, stride_x, rows_ptr), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
         (x_ptr, x_ptr), epilogue, count, K, _store,
