@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 # Per architecture: shared memory a program may take, that of an SM, warps an SM holds, and SMs of the card meant.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -50,13 +51,16 @@ class Needs:
         tensor_core: products must run on the architecture's widest tensor core instruction.
         arrival: the program announces its partials by an atomic, after a barrier.
         streams: it is meant to fill the memory pipe.
-        normalises: it adds up a row's partial sums of squares, every time in one layout.
+        normalises: it adds up a row's partial sums of squares, each time in one layout. How it finds the rows,
+            "window" or "gather": kernels of a model with the same word must agree in the layout. Those with
+            different words need not: a gather's addresses are not contiguous, so its blocks lie otherwise, but
+            one norm is always one kernel's work, for every T.
     """
 
     tensor_core: bool = False
     arrival: bool = False
     streams: bool = False
-    normalises: bool = False
+    normalises: Literal["", "window", "gather"] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,10 @@ def _projection(
     # float32 is there for exactness: its products run on the plain cores and are not meant to fill the pipe.
     fast = dtype != torch.float32
     needs = Needs(
-        tensor_core=fast, arrival=config.splits > 1, streams=fast, normalises=op in ("qkv", "gate_up", "head")
+        tensor_core=fast,
+        arrival=config.splits > 1,
+        streams=fast,
+        normalises="" if op == "project" else "gather" if op == "head" else "window",
     )
     return config, space, needs
 
@@ -349,15 +352,15 @@ def compile_job(job: Job) -> list[Compiled]:
 
 
 def unequal_norms(compiled: list[Compiled]) -> list[str]:
-    """Where kernels of one model add a row's sums of squares up in different layouts."""
-    layouts: dict[tuple[str, str], dict[str, list[str]]] = {}
+    """Where kernels of one model that should agree add a row's sums of squares up in different layouts."""
+    layouts: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for c in compiled:
         if c.needs.normalises:
-            of_model = layouts.setdefault((c.kernel.shape, c.kernel.dtype), {})
-            of_model.setdefault(c.figures.row_sums, []).append(str(c.kernel))
+            alike = layouts.setdefault((c.kernel.shape, c.kernel.dtype, c.needs.normalises), {})
+            alike.setdefault(c.figures.row_sums, []).append(str(c.kernel))
     return [
-        f"{shape} {dtype} adds sums of squares in {len(found)} layouts: {found}"
-        for (shape, dtype), found in layouts.items()
+        f"{' '.join(model)}: sums of squares are added in {len(found)} layouts: {found}"
+        for model, found in layouts.items()
         if len(found) > 1
     ]
 

@@ -398,6 +398,7 @@ def _columns(
     norm,
     space,
     epilogue,
+    OPTIONS,
     length: tl.tensor,
     K: tl.tensor,
     STORE: tl.constexpr,
@@ -422,7 +423,7 @@ def _columns(
     )  # fmt: skip
     if SPLITS == 1:
         for sub in tl.static_range(SUBS):
-            STORE(accs[sub], first + 16 * sub, tile, length, epilogue, BLOCK_N, UPCAST)
+            STORE(accs[sub], first + 16 * sub, tile, length, epilogue, OPTIONS, BLOCK_N, UPCAST)
     else:
         for sub in tl.static_range(SUBS):
             offsets = partial_offsets(tile, split, first + 16 * sub, SPLITS, BLOCK_N)
@@ -431,7 +432,7 @@ def _columns(
         if last:
             for sub in tl.static_range(SUBS):
                 acc = sum_partials(partials_ptr, tile, first + 16 * sub, SPLITS, BLOCK_N)
-                STORE(acc, first + 16 * sub, tile, length, epilogue, BLOCK_N, UPCAST)
+                STORE(acc, first + 16 * sub, tile, length, epilogue, OPTIONS, BLOCK_N, UPCAST)
 
 
 @triton.jit
@@ -441,6 +442,7 @@ def product(
     norm,
     space,
     epilogue,
+    OPTIONS,
     length: tl.tensor,
     K: tl.tensor,
     STORE: tl.constexpr,
@@ -462,19 +464,20 @@ def product(
         weights: (w_ptr, its row stride, rows [BLOCK_N] int64 of this tile, which of them exist).
         norm: (sumsq_ptr, norm_ptr, eps), read if NORM_LOG2 >= 0.
         space: (partials_ptr, counters_ptr), used if SPLITS > 1.
-        epilogue: what STORE needs of its own.
+        epilogue, OPTIONS: what STORE needs of its own; the second holds constexprs, which would become run-time
+            values if they were unpacked together with others.
         length: T, or the number of rows. K: width of the weights.
         STORE: called with the sum over all splits [BLOCK_N, 16] float32 of a sub-tile, its first column, the
-            tile's index, length, epilogue, BLOCK_N and UPCAST.
+            tile's index, length, epilogue, OPTIONS, BLOCK_N and UPCAST.
         NORM_LOG2: `tile_log2` of K, or -1 without a norm.
     """
     if SUBS == 1 or length <= 16:
         _columns(
-            window, weights, norm, space, epilogue, length, K,
+            window, weights, norm, space, epilogue, OPTIONS, length, K,
             STORE, GATHER, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, UPCAST,
         )  # fmt: skip
     else:
         _columns(
-            window, weights, norm, space, epilogue, length, K,
+            window, weights, norm, space, epilogue, OPTIONS, length, K,
             STORE, GATHER, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, UPCAST,
         )  # fmt: skip

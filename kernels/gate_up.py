@@ -40,11 +40,13 @@ def _store(
     tile: tl.tensor,
     length: tl.tensor,
     epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """silu(gate) * up of a [BLOCK_N, 16] product."""
-    bias_ptr, out_ptr, stride_out, inner, HAS_BIAS = epilogue
+    bias_ptr, out_ptr, stride_out, inner = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     PAIRS: tl.constexpr = BLOCK_N // 2
     row = column + tl.arange(0, 16)
@@ -94,7 +96,7 @@ def gate_up_kernel(
     weights = (w_ptr, stride_w, n // 2 + (n % 2) * inner, n < 2 * inner)
     product(
         (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
-        (bias_ptr, out_ptr, stride_out, inner, HAS_BIAS), length, K, _store,
+        (bias_ptr, out_ptr, stride_out, inner), (HAS_BIAS,), length, K, _store,
         False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 

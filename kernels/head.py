@@ -150,11 +150,14 @@ def _store(
     tile: tl.tensor,
     count: tl.tensor,
     epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits and statistics of a [BLOCK_N, 16] product."""
-    w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded, NOISY, LOG2 = epilogue
+    w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded = epilogue
+    NOISY: tl.constexpr = OPTIONS[0]
+    LOG2: tl.constexpr = OPTIONS[1]
     peak_ptr, total_ptr, best_ptr, token_ptr = statistics
     seed_ptr, positions_ptr, temperature_ptr = noise
     dtype: tl.constexpr = w_ptr.dtype.element_ty
@@ -226,10 +229,10 @@ def head_kernel(
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
-    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded, NOISY, BLOCK_LOG2)
+    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded)
     product(
         (x_ptr, stride_x, rows_ptr), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
-        (x_ptr, x_ptr), epilogue, count, K, _store,
+        (x_ptr, x_ptr), epilogue, (NOISY, BLOCK_LOG2), count, K, _store,
         True, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 

@@ -38,11 +38,13 @@ def _store(
     tile: tl.tensor,
     length: tl.tensor,
     epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Bias, residual and sums of squares of a [BLOCK_N, 16] product."""
-    bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N, HAS_BIAS = epilogue
+    bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = column + tl.arange(0, 16)
     n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,10 +95,10 @@ def project_kernel(
 ) -> None:
     """One program: BLOCK_N channels, one split of K, 16 columns or the whole window."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    epilogue = (bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N, HAS_BIAS)
+    epilogue = (bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N)
     product(
         (x_ptr, stride_x, x_ptr), (w_ptr, stride_w, n, n < N), (x_ptr, x_ptr, 0.0),
-        (partials_ptr, counters_ptr), epilogue, length, K, _store,
+        (partials_ptr, counters_ptr), epilogue, (HAS_BIAS,), length, K, _store,
         False, -1, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 

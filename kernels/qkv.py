@@ -43,11 +43,16 @@ def _store(
     tile: tl.tensor,
     length: tl.tensor,
     epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Bias, rotation and the three destinations of a [BLOCK_N, 16] product."""
-    bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache, HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM = epilogue
+    bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
+    HEADS: tl.constexpr = OPTIONS[1]
+    KV_HEADS: tl.constexpr = OPTIONS[2]
+    HEAD_DIM: tl.constexpr = OPTIONS[3]
     k_ptr, stride_k_head, stride_k_row = k_cache
     v_ptr, stride_v_head, stride_v_row = v_cache
     dtype: tl.constexpr = q_ptr.dtype.element_ty
@@ -132,11 +137,9 @@ def qkv_kernel(
     weights = (w_ptr, stride_w, row, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     k_cache = (k_ptr, stride_k_head, stride_k_row)
     v_cache = (v_ptr, stride_v_head, stride_v_row)
-    epilogue = (
-        bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache, HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM
-    )  # fmt: skip
     product(
-        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr), epilogue,
+        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
+        (bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache), (HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM),
         length, K, _store,
         False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip

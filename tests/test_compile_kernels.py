@@ -78,7 +78,7 @@ GOOD = gate.Figures(
     instructions=900,
     row_sums=LAYOUT,
 )
-ALL = gate.Needs(tensor_core=True, arrival=True, streams=True, normalises=True)
+ALL = gate.Needs(tensor_core=True, arrival=True, streams=True, normalises="window")
 KERNEL = manifest.Kernel("head", "bfloat16", "plain", "small")
 
 
@@ -223,7 +223,8 @@ def test_kernels_of_a_model_must_normalise_alike() -> None:
     assert len(compile_kernels.unequal_norms([first, second])) == 1
     other_model = replace(second, kernel=replace(second.kernel, shape="large"))
     assert compile_kernels.unequal_norms([first, other_model]) == []
-    assert compile_kernels.unequal_norms([first, replace(second, needs=gate.Needs())]) == []
+    for needs in (gate.Needs(), replace(ALL, normalises="gather")):
+        assert compile_kernels.unequal_norms([first, replace(second, needs=needs)]) == []
 
 
 @pytest.mark.parametrize("op", sorted(compile_kernels.OPS))
