@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WEIGHTS ?= weights/smollm2
+ARCHS ?= sm_89 sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test lint bench wheel clean
+.PHONY: help demo demo-real test lint kernels bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+kernels: $(VENV)/.dev ## compile every kernel for ARCHS and hold its machine code to a gate; needs no GPU
+	@$(BIN)/python -m bench.compile_kernels $(addprefix --arch ,$(ARCHS))
 
 bench: $(VENV)/.dev ## measure against transformers on this CPU
 	@mkdir -p build

@@ -6,14 +6,16 @@ Text in, figures out: nothing here compiles or imports Triton, so the parsers ar
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-# Per architecture: shared memory a program may take, that of an SM, and warps an SM holds.
+# Per architecture: shared memory a program may take, that of an SM, warps an SM holds, and SMs of the card meant.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 SHARED_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
-# What the tensor core instruction of a 16-bit product is called.
+SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+# What nvdisasm calls the tensor core instruction of a 16-bit product where that is not HMMA, seen with Triton
+# 3.6.0 and 3.9.0.
 TENSOR_CORE = {90: "HGMMA", 100: "UTCHMMA"}
 MIN_WIDE_SHARE = 0.95
 MIN_IN_FLIGHT = 32 * 1024
@@ -49,11 +51,16 @@ class Needs:
         tensor_core: products must run on the architecture's widest tensor core instruction.
         arrival: the program announces its partials by an atomic, after a barrier.
         streams: it is meant to fill the memory pipe.
+        normalises: it adds up a row's partial sums of squares, each time in one layout. How it finds the rows,
+            "window" or "gather": kernels of a model with the same word must agree in the layout. Those with
+            different words need not: a gather's addresses are not contiguous, so its blocks lie otherwise, but
+            one norm is always one kernel's work, for every T.
     """
 
     tensor_core: bool = False
     arrival: bool = False
     streams: bool = False
+    normalises: Literal["", "window", "gather"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +73,13 @@ class Figures:
     shared: int
     local_accesses: int  # LDL and STL
     wide_share: float  # of the bytes loaded inside streaming loops, those by 16-byte loads
-    bytes_in_flight: int  # per SM, an estimate from the widest loop
+    bytes_in_flight: int  # per SM, an estimate for the asynchronous loop with the fewest
     tensor_core: str  # the instruction found, "" without one
     arrivals: int  # atomics on global memory
     barrier_before_arrival: bool
     warnings: int  # C75xx of ptxas
     instructions: int
-
-    def json(self) -> dict[str, Any]:
-        """As stored."""
-        return asdict(self)
+    row_sums: str  # the layouts in which float32 rows are added up, " | " between unequal ones, "" without
 
 
 def parse_sass(text: str) -> list[Instruction]:
@@ -162,20 +166,61 @@ def programs_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> i
     return max(1, min(by_registers, by_shared, WARPS_SM[arch] // num_warps))
 
 
+def sum_layouts(ttgir: str) -> str:
+    """How the operands of the sums along an axis lie over threads, each different one once, " | " between.
+
+    `16x32 [4,1] [4,8] [1,4] [0,1]` is a block of that shape: sizes per thread, threads per warp, warps and
+    order. The layout decides the order of the additions.
+    """
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = []
+    for block, end in re.findall(r'"tt\.reduce"(.*?)\}\) : \(([^)]*)\)', ttgir, re.DOTALL):
+        operand = re.match(r"tensor<(\d+(?:x\d+)*)xf32, (#\w+)>$", end)
+        if operand is None or "arith.addf" not in block:
+            continue
+        layout = aliases[operand[2]]
+        lists = re.findall(r"\[[^\]]*\]", layout) if layout.startswith("#ttg.blocked") else [layout]
+        found.append(" ".join([operand[1], *(part.replace(" ", "") for part in lists)]))
+    return " | ".join(sorted(set(found)))
+
+
 def figures(
-    sass: str, resources: str, ptxas_log: str, *, arch: int, shared: int, num_warps: int, num_stages: int
+    sass: str,
+    resources: str,
+    ptxas_log: str,
+    ttgir: str,
+    *,
+    arch: int,
+    shared: int,
+    num_warps: int,
+    stages: tuple[int, ...],
+    programs: int,
 ) -> Figures:
-    """All figures of one kernel; shared is the dynamic size that the launch asks for."""
+    """All figures of one kernel.
+
+    Args:
+        sass, resources, ptxas_log, ttgir: what nvdisasm, cuobjdump, ptxas and Triton wrote.
+        arch: 10 * major + minor.
+        shared: bytes of dynamic shared memory that the launch asks for.
+        num_warps: of a program.
+        stages: pipeline depths of its loops, ascending in the bytes that one step loads.
+        programs: of the smallest grid it is launched with.
+    """
     instructions = parse_sass(sass)
     registers, stack, _ = parse_resources(resources)
     spills, warnings = parse_ptxas(ptxas_log)
     loads = loop_loads(sass)
     # A pipelined kernel streams in its asynchronous loops; a fold of partials beside them reads row scalars.
-    streams = [load for load in loads if load[2]] or loads
+    streams = sorted(load for load in loads if load[2]) or loads
     # Nested loops count their inner part twice, in numerator and denominator alike.
     total = sum(every for _, every, _ in streams)
-    programs = programs_per_sm(arch, registers, shared, num_warps)
-    flight = [wide * (max(num_stages - 1, 1) if is_async else 1) for wide, _, is_async in loads]
+    resident = min(programs_per_sm(arch, registers, shared, num_warps), programs / SMS[arch])
+    # A loop per depth, or it is not known which is which: then the least counts.
+    depths = stages if len(stages) == len(streams) else (min(stages),) * len(streams)
+    flight = [
+        wide * (max(depth - 1, 1) if is_async else 1)
+        for (wide, _, is_async), depth in zip(streams, depths, strict=True)
+    ]
     return Figures(
         registers=registers,
         spill_bytes=spills,
@@ -183,12 +228,13 @@ def figures(
         shared=shared,
         local_accesses=sum(i.name in ("LDL", "STL") for i in instructions),
         wide_share=round(sum(wide for wide, _, _ in streams) / total, 3) if total else 1.0,
-        bytes_in_flight=max(flight, default=0) * num_warps * 32 * programs,
+        bytes_in_flight=int(min(flight, default=0) * num_warps * 32 * resident),
         tensor_core=tensor_core_name(instructions),
         arrivals=sum(i.name in _ARRIVALS for i in instructions),
         barrier_before_arrival=barrier_before_arrivals(instructions),
         warnings=warnings,
         instructions=len(instructions),
+        row_sums=sum_layouts(ttgir),
     )
 
 
@@ -216,34 +262,6 @@ def gate(found: Figures, needs: Needs, arch: int) -> list[str]:
         wrong.append("no arrival atomic found")
     if needs.arrival and not found.barrier_before_arrival:
         wrong.append("no BAR.SYNC between the last partial store and the arrival atomic")
+    if needs.normalises and (not found.row_sums or "|" in found.row_sums):
+        wrong.append(f"sums of squares are added in the layouts {found.row_sums or 'none'}, expected one")
     return wrong
-
-
-def compare(
-    manifest: dict[str, Any], version: str, arch: str, found: dict[str, dict[str, Any]], *, whole: bool
-) -> list[str]:
-    """Differences from the manifest's part for one version and architecture.
-
-    Args:
-        manifest: {version: {architecture: {kernel: figures}}}.
-        found: {kernel: figures}.
-        whole: nothing was filtered out, so that kernels only in the manifest are differences too.
-
-    Raises:
-        KeyError: the manifest has no figures for this version and architecture.
-    """
-    kept = manifest[version][arch]
-    lines = []
-    for kernel in sorted(found.keys() | kept.keys()):
-        if kernel not in kept:
-            lines.append(f"{kernel}: not in the manifest")
-        elif kernel not in found:
-            if whole:
-                lines.append(f"{kernel}: in the manifest, not compiled")
-        else:
-            fields = found[kernel].keys() | kept[kernel].keys()
-            old, new = kept[kernel], found[kernel]
-            changed = [f for f in sorted(fields) if old.get(f) != new.get(f)]
-            if changed:
-                lines.append(f"{kernel}: " + ", ".join(f"{f} {old.get(f)} -> {new.get(f)}" for f in changed))
-    return lines

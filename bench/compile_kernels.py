@@ -10,7 +10,8 @@ are compared with bench/results/kernels_manifest.json; exit status 1 where the g
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import io
 import multiprocessing
 import os
 import subprocess
@@ -22,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.compile_gate import Figures, Needs, compare, figures, gate
+from bench.compile_gate import Figures, Needs, figures, gate
+from bench.compile_manifest import Kernel, Manifest, compare, load, save
 
 if TYPE_CHECKING:
     import torch
 
-    from pyramid_rt.kernels.common import Launch
+    from pyramid_rt.kernels.common import Launch, Workspace
+    from pyramid_rt.kernels.configs import Op, ProjectionConfig
 
-MANIFEST = Path(__file__).parent / "results" / "kernels_manifest.json"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32")
 # One binary must serve them all.
@@ -74,6 +76,83 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _ints(*shape: int) -> torch.Tensor:
+    import torch
+
+    return _empty(*shape, dtype=torch.int64)
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    import torch
+
+    return _empty(*shape, dtype=torch.float32)
+
+
+def _projection(
+    op: Op, rows: int, width: int, dtype: torch.dtype, arch: int
+) -> tuple[ProjectionConfig, Workspace, Needs]:
+    """Shipped configuration, workspace and gate of a product with a weight matrix [rows, width]."""
+    import torch
+
+    from pyramid_rt.kernels.common import Workspace, counter_elements, partial_elements
+    from pyramid_rt.kernels.configs import projection_config
+
+    config = projection_config(op, arch, rows, width, dtype)
+    space = Workspace.allocate(
+        partial_elements(rows, config.block_n, config.splits),
+        counter_elements(rows, config.block_n, config.splits),
+        torch.device("meta"),
+    )
+    # float32 is there for exactness: its products run on the plain cores and are not meant to fill the pipe.
+    fast = dtype != torch.float32
+    needs = Needs(
+        tensor_core=fast,
+        arrival=config.splits > 1,
+        streams=fast,
+        normalises="" if op == "project" else "gather" if op == "head" else "window",
+    )
+    return config, space, needs
+
+
+def _sums(width: int) -> torch.Tensor:
+    return _floats(-(-width // 64), 64)
+
+
+def embed_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """The window's rows."""
+    from pyramid_rt.kernels import embed
+
+    table, out = _empty(shape.vocab, shape.hidden, dtype=dtype), _empty(64, shape.hidden, dtype=dtype)
+    yield Variant("plain", embed.plan(table, _ints(64), length, out, _sums(shape.hidden)), Needs())
+
+
+def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """Without a bias; with one at the first shape, where all shapes would show the same."""
+    from pyramid_rt.kernels import qkv
+
+    rows, width, size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.hidden, shape.head_dim
+    config, space, needs = _projection("qkv", rows, width, dtype, arch)
+    cache = _empty(shape.kv_heads, MAX_SEQ + 64, size, dtype=dtype)
+    for name in ("plain", "bias") if shape == SHAPES[0] else ("plain",):
+        launch = qkv.plan(
+            _empty(64, width, dtype=dtype),
+            _sums(width),
+            _empty(width, dtype=dtype),
+            1e-5,
+            _empty(rows, width, dtype=dtype),
+            _empty(rows, dtype=dtype) if name == "bias" else None,
+            _empty(MAX_SEQ + 64, 2, size, dtype=dtype),
+            _ints(),
+            length,
+            _empty(64, shape.heads, size, dtype=dtype),
+            cache,
+            cache,
+            space,
+            config,
+        )
+        yield Variant(name, launch, needs)
+
+
 def attention_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
     """Chain and tree mask."""
     import torch
@@ -92,13 +171,13 @@ def attention_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int)
         device=torch.device("meta"),
     )
     cache = _empty(shape.kv_heads, MAX_SEQ + 64, shape.head_dim, dtype=dtype)
-    wide = dtype != torch.float32
-    for name, ancestors in (("chain", None), ("tree", _empty(64, dtype=torch.int64))):
+    fast = dtype != torch.float32
+    for name, ancestors in (("chain", None), ("tree", _ints(64))):
         launch = attention.plan(
             _empty(64, shape.heads, shape.head_dim, dtype=dtype),
             cache,
             cache,
-            _empty(1, dtype=torch.int64),
+            _ints(1),
             _empty(64, shape.heads * shape.head_dim, dtype=dtype),
             space,
             length=length,
@@ -106,26 +185,68 @@ def attention_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int)
             config=config,
             ancestors=ancestors,
         )
-        yield Variant(name, launch, Needs(tensor_core=wide, arrival=True, streams=wide))
+        yield Variant(name, launch, Needs(tensor_core=fast, arrival=True, streams=fast))
+
+
+def project_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """The attention's output projection, and the MLP's down projection."""
+    from pyramid_rt.kernels import project
+
+    stream = _empty(64, shape.hidden, dtype=dtype)
+    for name, width in (("out", shape.heads * shape.head_dim), ("down", shape.intermediate)):
+        config, space, needs = _projection("project", shape.hidden, width, dtype, arch)
+        x, weight = _empty(64, width, dtype=dtype), _empty(shape.hidden, width, dtype=dtype)
+        launch = project.plan(x, weight, None, stream, length, stream, _sums(shape.hidden), space, config)
+        yield Variant(name, launch, needs)
+
+
+def gate_up_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """The MLP's first half."""
+    from pyramid_rt.kernels import gate_up
+
+    rows, width = 2 * shape.intermediate, shape.hidden
+    config, space, needs = _projection("gate_up", rows, width, dtype, arch)
+    x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (rows, width)))
+    out = _empty(64, shape.intermediate, dtype=dtype)
+    launch = gate_up.plan(x, _sums(width), norm, 1e-5, weight, None, length, out, space, config)
+    yield Variant("plain", launch, needs)
+
+
+def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """Without and with the own tokens' noise."""
+    import torch
+
+    from pyramid_rt.kernels import head
+    from pyramid_rt.kernels.common import tiles
+
+    vocab, width = shape.vocab, shape.hidden
+    config, _, needs = _projection("head", vocab, width, dtype, arch)
+    x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (vocab, width)))
+    statistics = head.TileStatistics.allocate(tiles(vocab, config.block_n), torch.device("meta"))
+    for name, noise in (("plain", None), ("noisy", head.Noise(_ints(2), _ints(length), _floats()))):
+        rows, out = _ints(length), _floats(64, vocab)
+        launch = head.plan(x, _sums(width), norm, 1e-5, weight, rows, vocab, out, statistics, noise, config)
+        yield Variant(name, launch, needs)
 
 
 def compact_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
     """The tier that moves the token buffer, and the others."""
-    import torch
-
     from pyramid_rt.kernels import compact
 
     cache = _empty(shape.layers, 2, shape.kv_heads, MAX_SEQ + 64, shape.head_dim, dtype=dtype)
-    scalar = _empty(1, dtype=torch.int64)
-    for name, tokens in (("tokens", _empty(MAX_SEQ + 64, dtype=torch.int64)), ("cache", None)):
-        yield Variant(
-            name, compact.plan(cache, tokens, scalar, _empty(64, dtype=torch.int64), scalar), Needs()
-        )
+    for name, tokens in (("tokens", _ints(MAX_SEQ + 64)), ("cache", None)):
+        yield Variant(name, compact.plan(cache, tokens, _ints(1), _ints(64), _ints(1)), Needs())
 
 
-# An op joins with one line: how to plan it for a model's shape, dtype, architecture and T.
+# An op joins with one line: how to plan it for a model's shape, dtype, architecture and T. Those that take
+# longest to compile come first, so that no worker is left with one at the end.
 OPS: dict[str, Callable[[Shape, Any, int, int], Iterator[Variant]]] = {
+    "head": head_variants,
     "attention": attention_variants,
+    "qkv": qkv_variants,
+    "gate_up": gate_up_variants,
+    "project": project_variants,
+    "embed": embed_variants,
     "compact": compact_variants,
 }
 
@@ -142,7 +263,8 @@ class StubDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps compiled kernels per device number, and one worker may serve several architectures.
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -150,116 +272,124 @@ class StubDriver:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker compiles at a time."""
+    """What a worker compiles at a time: an op at all shapes, which often share a binary."""
 
     arch: int
     op: str
-    shape: Shape
     dtype: str
+    shapes: tuple[Shape, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One binary, looked at."""
+    """One kernel, looked at."""
 
-    key: str
+    kernel: Kernel
+    binary: str
     figures: Figures
+    needs: Needs
     wrong: list[str]
 
 
-def _tool(name: str) -> str:
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the tools that come with Triton prints."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _examine(binary: Any, arch: int) -> Figures:
-    """Machine code of a compiled kernel, and what ptxas says when it assembles the same text again."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    metadata = binary.metadata
+def _examine(binary: Any, log: str, launch: Launch, arch: int) -> Figures:
+    """Machine code of a compiled kernel, and what ptxas said while Triton had it assembled."""
+    if "bytes spill stores" not in log:
+        raise RuntimeError(f"no log of ptxas for {launch.kernel}: a cache of Triton's served the kernel")
+    metadata, columns = binary.metadata, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    stages = [launch.kwargs[key] for key in ("NARROW_STAGES", "WIDE_STAGES") if key in launch.kwargs]
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
-        ptx.write_text(binary.asm["ptx"], encoding="utf-8")
-        target = next(line for line in binary.asm["ptx"].splitlines() if line.startswith(".target"))
-        name = target.split()[1].rstrip(",")
-        fusion = [] if metadata.enable_fp_fusion else ["--fmad=false"]
-        command = [
-            get_ptxas(arch).path,
-            "-v",
-            *fusion,
-            f"--gpu-name={name}",
-            str(ptx),
-            "-o",
-            f"{folder}/again",
-        ]
-        log = subprocess.run(command, capture_output=True, text=True, check=True)
-        sass = subprocess.run(
-            [_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True
-        )
-        resources = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", str(cubin)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        sass = _tool("nvdisasm", "-c", str(cubin))
+        resources = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
     return figures(
-        sass.stdout,
-        resources.stdout,
-        log.stdout + log.stderr,
+        sass,
+        resources,
+        log,
+        binary.asm["ttgir"],
         arch=arch,
         shared=metadata.shared,
         num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
+        stages=tuple(stages) or (metadata.num_stages,),
+        programs=columns,
     )
 
 
 def compile_job(job: Job) -> list[Compiled]:
-    """Runs in a worker: every variant of one op at one shape and dtype."""
+    """Runs in a worker: every variant of one op and dtype, each distinct binary looked at once."""
     import torch
+    from triton import knobs
     from triton.runtime import driver
 
     driver.set_active(StubDriver(job.arch))
+    knobs.nvidia.dump_ptxas_log = True
     dtype = getattr(torch, job.dtype)
-    result = []
-    lengths = {n: list(OPS[job.op](job.shape, dtype, job.arch, n)) for n in LENGTHS}
-    for index, variant in enumerate(lengths[LENGTHS[0]]):
-        key = f"{job.op}/{job.shape.name}/{job.dtype}/{variant.name}"
-        binaries = [lengths[n][index].launch.warmup() for n in LENGTHS]
-        found = _examine(binaries[0], job.arch)
-        wrong = gate(found, variant.needs, job.arch)
-        if len({binary.hash for binary in binaries}) != 1:
-            wrong.append(f"T in {LENGTHS} does not share one binary")
-        result.append(Compiled(key, found, wrong))
+    result: list[Compiled] = []
+    seen: dict[str, Figures] = {}
+    for shape in job.shapes:
+        lengths = [list(OPS[job.op](shape, dtype, job.arch, length)) for length in LENGTHS]
+        for index, variant in enumerate(lengths[0]):
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                binaries = [variants[index].launch.warmup() for variants in lengths]
+            name = binaries[0].hash
+            if name not in seen:
+                seen[name] = _examine(binaries[0], log.getvalue(), variant.launch, job.arch)
+            wrong = gate(seen[name], variant.needs, job.arch)
+            if len({binary.hash for binary in binaries}) != 1:
+                wrong.append(f"T in {LENGTHS} does not share one binary")
+            kernel = Kernel(job.op, job.dtype, variant.name, shape.name)
+            result.append(Compiled(kernel, name, seen[name], variant.needs, wrong))
     return result
+
+
+def unequal_norms(compiled: list[Compiled]) -> list[str]:
+    """Where kernels of one model that should agree add a row's sums of squares up in different layouts."""
+    layouts: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for c in compiled:
+        if c.needs.normalises:
+            alike = layouts.setdefault((c.kernel.shape, c.kernel.dtype, c.needs.normalises), {})
+            alike.setdefault(c.figures.row_sums, []).append(str(c.kernel))
+    return [
+        f"{' '.join(model)}: sums of squares are added in {len(found)} layouts: {found}"
+        for model, found in layouts.items()
+        if len(found) > 1
+    ]
 
 
 def print_table(arch: str, compiled: list[Compiled]) -> None:
     """One line a kernel."""
-    width = max(len(c.key) for c in compiled)
-    head = "regs spill stack shared  wide in-flight LDL/STL barrier C75xx  instr tensor core"
+    width = max(len(str(c.kernel)) for c in compiled)
+    head = "regs spill stack shared   wide in-flight LDL/STL barrier C75xx  instr tensor core"
     print(f"\n{arch}\n{'kernel':{width}} {head}")
-    for c in compiled:
+    for c in sorted(compiled, key=lambda c: c.kernel):
         f = c.figures
         barrier = ("yes" if f.barrier_before_arrival else "NO") if f.arrivals else "-"
         print(
-            f"{c.key:{width}} {f.registers:4} {f.spill_bytes:5} {f.stack:5} {f.shared:6} {f.wide_share:5.1%} "
-            f"{f.bytes_in_flight:9} {f.local_accesses:7} {barrier:>7} {f.warnings:5} {f.instructions:6} "
-            f"{f.tensor_core or '-'}"
+            f"{c.kernel!s:{width}} {f.registers:4} {f.spill_bytes:5} {f.stack:5} {f.shared:6} "
+            f"{f.wide_share:6.1%} {f.bytes_in_flight:9} {f.local_accesses:7} {barrier:>7} {f.warnings:5} "
+            f"{f.instructions:6} {f.tensor_core or '-'}"
         )
         for line in c.wrong:
             print(f"{'':{width}} FAILS: {line}")
 
 
 def check_manifest(
-    manifest: dict[str, Any], version: str, arch: str, compiled: list[Compiled], *, whole: bool
+    manifest: Manifest, version: str, arch: str, compiled: list[Compiled], *, whole: bool
 ) -> bool:
     """Print the differences from the manifest; whether there are none."""
     try:
-        lines = compare(manifest, version, arch, {c.key: c.figures.json() for c in compiled}, whole=whole)
+        lines = compare(manifest, version, arch, {c.kernel: c.figures for c in compiled}, whole=whole)
     except KeyError:
-        print(f"Triton {version} for {arch} is not in the manifest: nothing to compare with")
+        print(f"Triton {version} for {arch} is not in the manifest: gated, compared with nothing")
         return True
     for line in lines:
         print(f"differs from the manifest: {line}")
@@ -275,44 +405,65 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", action="append", choices=[s.name for s in SHAPES], help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
     parser.add_argument("--update", action="store_true", help="write what was found into the manifest")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     return parser.parse_args()
+
+
+def compile_all(jobs: list[Job], workers: int) -> list[list[Compiled]]:
+    """All jobs in processes of their own, in a cache of Triton's that is new: every binary comes with its log."""
+    # The interpreter would take the place of the compiler; workers start after this, and import after it.
+    os.environ.pop("TRITON_INTERPRET", None)
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for job, compiled in zip(jobs, pool.map(compile_job, jobs), strict=True):
+                binaries = len({c.binary for c in compiled})
+                print(
+                    f"sm_{job.arch} {job.op} {job.dtype}: {len(compiled)} kernels in {binaries} binaries",
+                    flush=True,
+                )
+                for c in compiled:
+                    for line in c.wrong:
+                        print(f"FAILS: {c.kernel}: {line}", flush=True)
+                results.append(compiled)
+    return results
 
 
 def main() -> int:
     """The command line; returns the exit status."""
     options = _arguments()
-    # The interpreter would take the place of the compiler; workers start after this, and import after it.
-    os.environ.pop("TRITON_INTERPRET", None)
-    import triton
-
-    manifest = json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
+    shapes = tuple(s for s in SHAPES if not options.shape or s.name in options.shape)
     jobs = [
-        Job(int(arch.removeprefix("sm_")), op, shape, dtype)
+        Job(int(arch.removeprefix("sm_")), op, dtype, shapes)
+        for op in OPS
+        if not options.op or op in options.op
         for arch in options.arch or ARCHITECTURES
-        for op in options.op or OPS
-        for shape in SHAPES
-        if not options.shape or shape.name in options.shape
         for dtype in options.dtype or DTYPES
     ]
     whole = not (options.op or options.shape or options.dtype)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        results = list(pool.map(compile_job, jobs))
+    results = compile_all(jobs, options.workers)
+    import triton
+
+    manifest = load()
     passed = True
     print(f"Triton {triton.__version__}")
-    for arch in dict.fromkeys(job.arch for job in jobs):
+    for arch in sorted({job.arch for job in jobs}):
         compiled = [c for job, part in zip(jobs, results, strict=True) if job.arch == arch for c in part]
         print_table(f"sm_{arch}", compiled)
         passed &= not any(c.wrong for c in compiled)
+        for line in unequal_norms(compiled):
+            print(f"FAILS: {line}")
+            passed = False
         if options.update:
             kept = manifest.setdefault(triton.__version__, {})
             old = {} if whole else kept.get(f"sm_{arch}", {})
-            kept[f"sm_{arch}"] = old | {c.key: c.figures.json() for c in compiled}
+            kept[f"sm_{arch}"] = old | {c.kernel: c.figures for c in compiled}
         else:
             passed &= check_manifest(manifest, triton.__version__, f"sm_{arch}", compiled, whole=whole)
     if options.update:
-        MANIFEST.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        save(manifest)
     print("\npassed" if passed else "\nFAILED")
     return 0 if passed else 1
 

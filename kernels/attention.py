@@ -25,10 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyramid_rt.kernels.attention_combine import combine_splits, finite, write_rows
 from pyramid_rt.kernels.attention_configs import BLOCK_M, FAN, AttentionConfig, Splits
-from pyramid_rt.kernels.common import DTYPES, Launch
+from pyramid_rt.kernels.common import (
+    DTYPES,
+    Launch,
+    check_length,
+    check_scalar,
+    check_tensor,
+    interpreted,
+    tiles,
+)
 
-MAX_ROWS = 64
 HEAD_DIMS = (64, 96, 128)
 
 
@@ -61,175 +69,6 @@ def _split_count(
     small = tl.cdiv(tl.minimum(rows, EDGE0), SIZE0)
     middle = tl.cdiv(tl.maximum(tl.minimum(rows, EDGE1) - EDGE0, 0), SIZE1)
     return small + middle + tl.cdiv(tl.maximum(rows - EDGE1, 0), SIZE2)
-
-
-@triton.jit
-def _finite(maximum):
-    """0 for a row that has seen nothing yet: -inf - -inf would be NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def _write(
-    out_base, first_row, part, tile_rows, stride_t, acc, total, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """acc / total of some rows of a tile; the tile's first query row (window row x G + head) is first_row.
-
-    The added zero turns -0 into 0, which empty later splits would do to some rows anyway.
-    """
-    dims = tl.arange(0, acc.shape[1])
-    rows = first_row + part
-    offsets = (rows // GROUP).to(tl.int64) * stride_t + rows % GROUP * HEAD_DIM
-    mask = (part < tile_rows)[:, None] & (dims < HEAD_DIM)[None, :]
-    total = tl.where(total == 0.0, 1.0, total)
-    result = acc / total[:, None] + 0.0
-    pointers = out_base + offsets[:, None] + dims[None, :]
-    tl.store(pointers, result.to(out_base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store(
-    acc_ptr,
-    stats_ptr,
-    slot,
-    rows,
-    tile_rows,
-    maximum,
-    total,
-    acc,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Leave partials of some rows of a tile in a slot."""
-    dims = tl.arange(0, acc.shape[1])
-    real = rows < tile_rows
-    stats = stats_ptr + slot * (2 * BLOCK_M) + rows
-    tl.store(stats, maximum, mask=real)
-    tl.store(stats + BLOCK_M, total, mask=real)
-    offsets = rows[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(
-        acc_ptr + slot * (BLOCK_M * HEAD_DIM) + offsets, acc, mask=real[:, None] & (dims < HEAD_DIM)[None, :]
-    )
-
-
-@triton.jit
-def _arrive(counter_ptr, expected):
-    """Announce this program's partials; whether it is the last of `expected`, which resets the counter."""
-    # Every warp's partials before the one thread that announces them; Triton 3.6 adds no barrier itself.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
-
-
-@triton.jit
-def _fold(
-    acc_ptr,
-    stats_ptr,
-    slot,
-    count,
-    rows,
-    tile_rows,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    FAN: tl.constexpr,
-):
-    """Fold `count` slots from `slot` on, ascending, for some rows of a tile.
-
-    FAN slots are asked for before the first is used: a lone program is bound by the latency of its loads.
-    """
-    dims = tl.arange(0, BLOCK_D)
-    stats = stats_ptr + slot * (2 * BLOCK_M) + rows
-    accs = acc_ptr + slot * (BLOCK_M * HEAD_DIM) + rows[:, None] * HEAD_DIM + dims[None, :]
-    maximum = tl.full([rows.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([rows.shape[0]], tl.float32)
-    acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
-    for first in tl.range(0, count, FAN, num_stages=1):
-        maxima: tl.tuple = ()
-        totals: tl.tuple = ()
-        parts: tl.tuple = ()
-        for i in tl.static_range(FAN):
-            index = first + i
-            real = rows < tl.where(index < count, tile_rows, 0)
-            mask = real[:, None] & (dims < HEAD_DIM)[None, :]
-            stat = stats + index * (2 * BLOCK_M)
-            maxima = maxima + (tl.load(stat, mask=real, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
-            totals = totals + (tl.load(stat + BLOCK_M, mask=real, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-            part = accs + index * (BLOCK_M * HEAD_DIM)
-            parts = parts + (tl.load(part, mask=mask, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-        for i in tl.static_range(FAN):
-            new_maximum = tl.maximum(maximum, maxima[i])
-            shift = _finite(new_maximum)
-            rescale = tl.exp2(maximum - shift)
-            weight = tl.exp2(maxima[i] - shift)
-            total = total * rescale + totals[i] * weight
-            acc = acc * rescale[:, None] + parts[i] * weight[:, None]
-            maximum = new_maximum
-    return maximum, total, acc
-
-
-@triton.jit
-def _combine(
-    out_base,
-    acc_ptr,
-    stats_ptr,
-    arrivals_ptr,
-    pair,
-    split,
-    splits,
-    first_row,
-    tile_rows,
-    out_stride_t,
-    maximum,
-    total,
-    acc,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FOLD_M: tl.constexpr,
-    FAN: tl.constexpr,
-):
-    """Leave this split's partials; fold the group if it is complete, and all groups if they are.
-
-    Slots of a (KV head, row tile): the splits of the grid, then their groups. Padding rows (from tile_rows on)
-    are neither stored nor read back: T = 1 moves G rows, not 64.
-    """
-    groups = tl.cdiv(splits, FAN)
-    grid_splits = tl.num_programs(1)
-    grid_groups = tl.cdiv(grid_splits, FAN)
-    slots = pair * (grid_splits + grid_groups)
-    counters = arrivals_ptr + pair * (grid_groups + 1)
-    group = split // FAN
-    rows = tl.arange(0, BLOCK_M)
-    _store(acc_ptr, stats_ptr, slots + split, rows, tile_rows, maximum, total, acc, HEAD_DIM, BLOCK_M)
-    members = tl.minimum(splits - group * FAN, FAN)
-    if _arrive(counters + 1 + group, members):
-        chunk = tl.arange(0, FOLD_M)
-        source = slots + group * FAN
-        target = slots + grid_splits + group
-        for row in range(0, tile_rows, FOLD_M):
-            part = row + chunk
-            top, sums, values = _fold(
-                acc_ptr, stats_ptr, source, members, part, tile_rows, HEAD_DIM, BLOCK_D, BLOCK_M, FAN
-            )
-            if groups == 1:
-                _write(out_base, first_row, part, tile_rows, out_stride_t, values, sums, GROUP, HEAD_DIM)
-            else:
-                _store(acc_ptr, stats_ptr, target, part, tile_rows, top, sums, values, HEAD_DIM, BLOCK_M)
-        # A lone group has already written the result; it must not touch the pair's counter.
-        if groups > 1:
-            final = _arrive(counters, groups)
-            if final:
-                source = slots + grid_splits
-                for row in range(0, tile_rows, FOLD_M):
-                    part = row + chunk
-                    top, sums, values = _fold(
-                        acc_ptr, stats_ptr, source, groups, part, tile_rows, HEAD_DIM, BLOCK_D, BLOCK_M, FAN
-                    )
-                    _write(out_base, first_row, part, tile_rows, out_stride_t, values, sums, GROUP, HEAD_DIM)
 
 
 # length (T) and kv_bound stay run-time values without specialisation: one binary for all of them.
@@ -325,7 +164,7 @@ def attention_kernel(
             seen = position[None, :] <= last[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = _finite(new_maximum)
+        shift = finite(new_maximum)
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, 1)
@@ -347,9 +186,9 @@ def attention_kernel(
     tile_rows = tl.minimum(length * GROUP - tile * BLOCK_M, BLOCK_M)
     if splits == 1:
         part = tl.arange(0, BLOCK_M)
-        _write(out_base, tile * BLOCK_M, part, tile_rows, out_stride_t, acc, total, GROUP, HEAD_DIM)
+        write_rows(out_base, tile * BLOCK_M, part, tile_rows, out_stride_t, acc, total, GROUP, HEAD_DIM)
     else:
-        _combine(
+        combine_splits(
             out_base,
             acc_ptr,
             stats_ptr,
@@ -389,7 +228,7 @@ class Workspace:
 
 def row_tiles(length: int, group: int) -> int:
     """Tiles of 64 query rows that T window rows with `group` query heads each fill."""
-    return -(-length * group // BLOCK_M)
+    return tiles(length * group, BLOCK_M)
 
 
 def workspace_sizes(
@@ -398,7 +237,7 @@ def workspace_sizes(
     """Elements of acc, stats and arrivals that suffice for any T <= length and bound <= kv_bound."""
     pairs = kv_heads * row_tiles(length, heads // kv_heads)
     count = splits.count(kv_bound)
-    groups = -(-count // FAN)
+    groups = tiles(count, FAN)
     partials = pairs * (count + groups) * BLOCK_M
     return partials * head_dim, partials * 2, pairs * (groups + 1)
 
@@ -424,52 +263,41 @@ def workspace(
     )
 
 
-def _need(ok: bool, name: str, found: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"attention: {name} is {found}, expected {expected}")
-
-
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, out: Tensor, length: int, ancestors: Tensor | None
 ) -> None:
-    _need(q.dtype in DTYPES, "q's dtype", q.dtype, f"one of {DTYPES}")
-    _need(q.dim() == 3, "q's shape", tuple(q.shape), "[rows, H, D]")
+    device, dtype = q.device, q.dtype
+    check_length(length)
+    check_tensor("q", q, (None, None, None), DTYPES, device)
     rows, heads, head_dim = q.shape
-    _need(head_dim in HEAD_DIMS, "q's head size", head_dim, f"one of {HEAD_DIMS}")
-    _need(1 <= length <= min(rows, MAX_ROWS), "length", length, f"1 .. {min(rows, MAX_ROWS)}")
-    _need(q.stride(2) == 1, "q's strides", q.stride(), "a unit stride along D")
-    _need(k.dim() == 3 and k.shape[2] == head_dim, "k's shape", tuple(k.shape), f"[KV, S, {head_dim}]")
-    _need(heads % k.shape[0] == 0 and heads // k.shape[0] <= 8, "k's KV", k.shape[0], f"{heads} / (1 .. 8)")
-    _need(k.stride(2) == 1, "k's strides", k.stride(), "a unit stride along D")
-    _need(v.shape == k.shape, "v's shape", tuple(v.shape), f"that of k, {tuple(k.shape)}")
-    _need(v.stride() == k.stride(), "v's strides", v.stride(), f"those of k, {k.stride()}")
-    _need(start.dtype == torch.int64 and start.numel() == 1, "start", (start.dtype, start.shape), "one int64")
-    shape = (rows, heads * head_dim)
-    _need(tuple(out.shape) == shape, "out's shape", tuple(out.shape), f"[rows, H D] = {shape}")
-    _need(out.stride(1) == 1, "out's strides", out.stride(), "a unit stride along H D")
-    for name, tensor in (("k", k), ("v", v), ("out", out)):
-        _need(tensor.dtype == q.dtype, f"{name}'s dtype", tensor.dtype, f"that of q, {q.dtype}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q has heads of {head_dim} channels, expected one of {HEAD_DIMS}")
+    if rows < length:
+        raise ValueError(f"q has {rows} rows, expected at least length = {length}")
+    check_tensor("k", k, (None, None, head_dim), dtype, device)
+    kv_heads = k.shape[0]
+    if kv_heads == 0 or heads % kv_heads or heads // kv_heads > 8:
+        raise ValueError(f"k has {kv_heads} heads, expected {heads} / (1 .. 8), as q has {heads}")
+    check_tensor("v", v, tuple(k.shape), dtype, device)
+    if v.stride() != k.stride():
+        raise ValueError(f"v has strides {v.stride()}, expected those of k, {k.stride()}")
+    check_scalar("start", start, torch.int64, device)
+    check_tensor("out", out, (rows, heads * head_dim), dtype, device)
     if ancestors is not None:
-        _need(ancestors.dtype == torch.int64, "ancestors' dtype", ancestors.dtype, "int64")
-        _need(
-            ancestors.dim() == 1 and ancestors.shape[0] >= length and ancestors.stride(0) == 1,
-            "ancestors' shape",
-            tuple(ancestors.shape),
-            f"[>= {length}], contiguous",
-        )
-    for name, optional in (("k", k), ("v", v), ("start", start), ("out", out), ("ancestors", ancestors)):
-        if optional is not None:
-            _need(optional.device == q.device, f"{name}'s device", optional.device, f"that of q, {q.device}")
+        check_tensor("ancestors", ancestors, (None,), torch.int64, device, contiguous=True)
+        if ancestors.shape[0] < length:
+            raise ValueError(
+                f"ancestors has {ancestors.shape[0]} entries, expected at least length = {length}"
+            )
 
 
-def _check_workspace(space: Workspace, sizes: tuple[int, int, int], device: torch.device) -> None:
-    types = (torch.float32, torch.float32, torch.int32)
-    tensors = (space.acc, space.stats, space.arrivals)
-    for name, tensor, size, dtype in zip(("acc", "stats", "arrivals"), tensors, sizes, types, strict=True):
-        _need(tensor.dtype == dtype, f"space.{name}'s dtype", tensor.dtype, str(dtype))
-        _need(tensor.is_contiguous(), f"space.{name}'s strides", tensor.stride(), "contiguous")
-        _need(tensor.numel() >= size, f"space.{name}'s size", tensor.numel(), f"at least {size}")
-        _need(tensor.device == device, f"space.{name}'s device", tensor.device, f"that of q, {device}")
+def _check_space(space: Workspace, sizes: tuple[int, int, int], device: torch.device) -> None:
+    for name, size in zip(("acc", "stats", "arrivals"), sizes, strict=True):
+        tensor: Tensor = getattr(space, name)
+        kind = torch.int32 if name == "arrivals" else torch.float32
+        check_tensor(f"space.{name}", tensor, (None,), kind, device, contiguous=True)
+        if tensor.numel() < size:
+            raise ValueError(f"space.{name} holds {tensor.numel()} elements, expected at least {size}")
 
 
 def plan(
@@ -500,14 +328,15 @@ def plan(
         ancestors: [>= T] int64 for the tree mask, None for the chain.
 
     Raises:
-        ValueError: an argument the kernel does not take, by name.
+        ValueError: names the argument that does not fit.
     """
     _check_tensors(q, k, v, start, out, length, ancestors)
     _, heads, head_dim = q.shape
     kv_heads, cache_rows, _ = k.shape
-    _need(1 <= kv_bound <= cache_rows, "kv_bound", kv_bound, f"1 .. {cache_rows}, the rows of k")
-    extent = max(config.splits.sizes) * k.stride(1)
-    _need(0 < extent < 2**31, "k's stride along S", k.stride(1), "below 2^31 elements over a split")
+    if not 1 <= kv_bound <= cache_rows:
+        raise ValueError(f"kv_bound is {kv_bound}, expected 1 to {cache_rows}, the rows of k")
+    if max(config.splits.sizes) * k.stride(1) >= 2**31:
+        raise ValueError(f"k has rows of stride {k.stride(1)}, expected a split below 2^31 elements")
     sizes = workspace_sizes(
         length=length,
         heads=heads,
@@ -516,10 +345,7 @@ def plan(
         kv_bound=kv_bound,
         splits=config.splits,
     )
-    _check_workspace(space, sizes, q.device)
-    interpreted = bool(triton.knobs.runtime.interpret)
-    if not interpreted:
-        _need(q.device.type in ("cuda", "meta"), "q's device", q.device, "cuda")
+    _check_space(space, sizes, q.device)
     tensors = (q, k, v, start, ancestors, out, space.acc, space.stats, space.arrivals)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0))
     return Launch(
@@ -531,7 +357,7 @@ def plan(
             "HEAD_DIM": head_dim,
             "TREE": ancestors is not None,
             # The interpreter's bfloat16 dot is silently wrong.
-            "UPCAST": interpreted and q.dtype != torch.float32,
+            "UPCAST": interpreted(attention_kernel) and q.dtype != torch.float32,
             "BLOCK_M": BLOCK_M,
             "BLOCK_N": config.block_n,
             "BLOCK_D": triton.next_power_of_2(head_dim),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -39,6 +41,8 @@ class Splits:
 class AttentionConfig:
     """How the kernel is compiled. `block_n` and `splits` decide the bits of the result, the rest only speed.
 
+    `dataclasses.replace` gives a neighbour to try.
+
     Attributes:
         block_n: cache rows of one step; divides every split size.
         num_warps, num_stages: of the loop over the cache.
@@ -57,14 +61,22 @@ class AttentionConfig:
             raise ValueError(f"block_n {self.block_n} does not divide the split sizes {self.splits.sizes}")
 
 
+# Measured choices: (arch, head_dim, dtype) -> configuration, in place of the rule below; what bench.tune_kernels
+# found faster on that architecture. Another block_n or other splits change the bits, for every T alike.
+TUNED: Mapping[tuple[int, int, torch.dtype], AttentionConfig] = MappingProxyType({})
+
+
 def config_for(dtype: torch.dtype, head_dim: int, capability: int) -> AttentionConfig:
-    """The shipped configuration.
+    """The shipped configuration: `TUNED`'s, or the rule.
 
     Args:
         dtype: of q and the cache.
         head_dim: D.
         capability: compute capability, 10 * major + minor; 0 for the interpreter.
     """
+    tuned = TUNED.get((capability, head_dim, dtype))
+    if tuned is not None:
+        return tuned
     hopper = capability == 90
     if dtype == torch.float32:
         # Products of float32 run on the plain cores and hold their operands in registers: many warps, few rows.

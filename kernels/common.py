@@ -45,6 +45,14 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        # All tensors of a launch are on one device, its plan saw to that.
+        at = next(i for i, arg in enumerate(self.args) if isinstance(arg, Tensor))
+        device = self.args[at].device
+        if device.type not in ("cuda", "meta") and not interpreted(self.kernel):
+            name = self.kernel.arg_names[at].removesuffix("_ptr")
+            raise ValueError(f"{name} is on {device}, expected a CUDA device, or Triton's interpreter")
+
     def run(self) -> None:
         """Start it on the current stream."""
         self.kernel[self.grid](*self.args, **self.kwargs)
@@ -126,6 +134,13 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}, expected 1 along the last axis")
     if tensor.dim() > 1 and tensor.stride(-2) < tensor.shape[-1] and tensor.shape[-2] > 1:
         raise ValueError(f"{name} has strides {tensor.stride()}, expected rows that do not overlap")
+
+
+def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what is not one element of `dtype` on `device`, of any number of axes."""
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected one element")
+    check_tensor(name, tensor.view(()), (), dtype, device)
 
 
 def check_length(length: int) -> None:
@@ -286,21 +301,13 @@ def add_product(
 
 @triton.jit
 def tile_product(
-    w_ptr: tl.tensor,
-    w_row: tl.tensor,
-    stride_w: tl.tensor,
-    w_keep: tl.tensor,
-    x_ptr: tl.tensor,
-    stride_x: tl.tensor,
-    rows_ptr: tl.tensor,
-    sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    eps: tl.tensor,
+    window,
+    weights,
+    norm,
     first: tl.tensor,
     length: tl.tensor,
     split: tl.tensor,
     K: tl.tensor,
-    NORM: tl.constexpr,
     GATHER: tl.constexpr,
     SUBS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -310,52 +317,45 @@ def tile_product(
     EVEN: tl.constexpr,
     NORM_LOG2: tl.constexpr,
     UPCAST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """W x^T over this split's part of K, for SUBS (1 or 4) sub-tiles of 16 columns: four [BLOCK_N, 16] float32.
+) -> tl.tuple:
+    """W x^T over this split's part of K, for SUBS sub-tiles of 16 columns: a tuple of [BLOCK_N, 16] float32.
 
-    With SUBS = 1 the last three are the first again.
+    The first three arguments are as in `product`.
     """
-    row0, keep0 = window_rows(rows_ptr, first, length, GATHER)
-    row1, keep1 = row0, keep0
-    row2, keep2 = row0, keep0
-    row3, keep3 = row0, keep0
-    if SUBS == 4:
-        row1, keep1 = window_rows(rows_ptr, first + 16, length, GATHER)
-        row2, keep2 = window_rows(rows_ptr, first + 32, length, GATHER)
-        row3, keep3 = window_rows(rows_ptr, first + 48, length, GATHER)
-    scale0 = tl.full((16,), 1.0, tl.float32)
-    if NORM:
-        scale0 = inverse_rms(sumsq_ptr, row0, keep0, K, eps, NORM_LOG2)
-    scale1, scale2, scale3 = scale0, scale0, scale0
-    if NORM and SUBS == 4:
-        scale1 = inverse_rms(sumsq_ptr, row1, keep1, K, eps, NORM_LOG2)
-        scale2 = inverse_rms(sumsq_ptr, row2, keep2, K, eps, NORM_LOG2)
-        scale3 = inverse_rms(sumsq_ptr, row3, keep3, K, eps, NORM_LOG2)
-    acc0 = tl.zeros((BLOCK_N, 16), tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
+    x_ptr, stride_x, rows_ptr = window
+    w_ptr, stride_w, w_row, w_keep = weights
+    sumsq_ptr, norm_ptr, eps = norm
+    NORM: tl.constexpr = NORM_LOG2 >= 0
+    rows: tl.tuple = ()
+    keeps: tl.tuple = ()
+    scales: tl.tuple = ()
+    accs: tl.tuple = ()
+    for sub in tl.static_range(SUBS):
+        row, keep = window_rows(rows_ptr, first + 16 * sub, length, GATHER)
+        rows = rows + (row,)  # noqa: RUF005
+        keeps = keeps + (keep,)  # noqa: RUF005
+        scale = tl.full((16,), 1.0, tl.float32)
+        if NORM:
+            scale = inverse_rms(sumsq_ptr, row, keep, K, eps, NORM_LOG2)
+        scales = scales + (scale,)  # noqa: RUF005
+        accs = accs + (tl.zeros((BLOCK_N, 16), tl.float32),)  # noqa: RUF005
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     begin = split * share
     zero = tl.zeros((16,), tl.int64)
     for base in tl.range(begin, tl.minimum(begin + share, K), BLOCK_K, num_stages=STAGES):
         k = base + tl.arange(0, BLOCK_K)
         w = load_tile(w_ptr, w_row, stride_w, w_keep, k, K, EVEN)
-        x0 = load_tile(x_ptr, row0, stride_x, keep0, k, K, EVEN)
-        gain = x0
-        if NORM:
-            # One row of weights read as a block: as a vector it is too narrow for an asynchronous copy, and
-            # every step would wait for it.
-            gain = load_tile(norm_ptr, zero, stride_x, keep0, k, K, EVEN)
-        acc0 = add_product(w, x0, gain, scale0, acc0, NORM, UPCAST)
-        if SUBS == 4:
-            x1 = load_tile(x_ptr, row1, stride_x, keep1, k, K, EVEN)
-            x2 = load_tile(x_ptr, row2, stride_x, keep2, k, K, EVEN)
-            x3 = load_tile(x_ptr, row3, stride_x, keep3, k, K, EVEN)
-            acc1 = add_product(w, x1, gain, scale1, acc1, NORM, UPCAST)
-            acc2 = add_product(w, x2, gain, scale2, acc2, NORM, UPCAST)
-            acc3 = add_product(w, x3, gain, scale3, acc3, NORM, UPCAST)
-    return acc0, acc1, acc2, acc3
+        sums: tl.tuple = ()
+        for sub in tl.static_range(SUBS):
+            x = load_tile(x_ptr, rows[sub], stride_x, keeps[sub], k, K, EVEN)
+            gain = x
+            if NORM:
+                # One row of weights read as a block: as a vector it is too narrow for an asynchronous copy,
+                # and every step would wait for it.
+                gain = load_tile(norm_ptr, zero, stride_x, keeps[0], k, K, EVEN)
+            sums = sums + (add_product(w, x, gain, scales[sub], accs[sub], NORM, UPCAST),)  # noqa: RUF005
+        accs = sums
+    return accs
 
 
 @triton.jit
@@ -368,51 +368,15 @@ def partial_offsets(
 
 
 @triton.jit
-def arrive(counters_ptr: tl.tensor, index: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
-    """Count a split as done, after its partials are stored; whether it was the last one."""
+def arrive(counter_ptr: tl.tensor, expected: tl.tensor) -> tl.tensor:
+    """Announce this program's partials; whether it is the last of `expected`, which resets the counter."""
     # Triton 3.6 puts no barrier before an atomic of its own: without this one, other warps' partials may
     # still be on their way when the count goes up.
     tl.debug_barrier()
-    last = tl.atomic_add(counters_ptr + index, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
     if last:
-        tl.store(counters_ptr + index, 0)
+        tl.store(counter_ptr, 0)
     return last
-
-
-@triton.jit
-def combine(
-    acc0: tl.tensor,
-    acc1: tl.tensor,
-    acc2: tl.tensor,
-    acc3: tl.tensor,
-    partials_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    tile: tl.tensor,
-    split: tl.tensor,
-    first: tl.tensor,
-    SUBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The sums over all splits, in the order of the splits, in the program that arrives last.
-
-    Returns the four sums and whether this program has them.
-    """
-    last = first >= 0
-    if SPLITS > 1:
-        tl.store(partials_ptr + partial_offsets(tile, split, first, SPLITS, BLOCK_N), acc0)
-        if SUBS == 4:
-            tl.store(partials_ptr + partial_offsets(tile, split, first + 16, SPLITS, BLOCK_N), acc1)
-            tl.store(partials_ptr + partial_offsets(tile, split, first + 32, SPLITS, BLOCK_N), acc2)
-            tl.store(partials_ptr + partial_offsets(tile, split, first + 48, SPLITS, BLOCK_N), acc3)
-        last = arrive(counters_ptr, tile * 4 + first // 16, SPLITS)
-        if last:
-            acc0 = sum_partials(partials_ptr, tile, first, SPLITS, BLOCK_N)
-            if SUBS == 4:
-                acc1 = sum_partials(partials_ptr, tile, first + 16, SPLITS, BLOCK_N)
-                acc2 = sum_partials(partials_ptr, tile, first + 32, SPLITS, BLOCK_N)
-                acc3 = sum_partials(partials_ptr, tile, first + 48, SPLITS, BLOCK_N)
-    return acc0, acc1, acc2, acc3, last
 
 
 @triton.jit
@@ -425,3 +389,95 @@ def sum_partials(
         offsets = partial_offsets(tile, s, column, SPLITS, BLOCK_N)
         total += tl.load(partials_ptr + offsets, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def _columns(
+    window,
+    weights,
+    norm,
+    space,
+    epilogue,
+    OPTIONS,
+    length: tl.tensor,
+    K: tl.tensor,
+    STORE: tl.constexpr,
+    GATHER: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """One tile of weight rows against SUBS sub-tiles of columns."""
+    partials_ptr, counters_ptr = space
+    first = tl.program_id(0) * 16
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    accs = tile_product(
+        window, weights, norm, first, length, split, K,
+        GATHER, SUBS, SPLITS, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
+    )  # fmt: skip
+    if SPLITS == 1:
+        for sub in tl.static_range(SUBS):
+            STORE(accs[sub], first + 16 * sub, tile, length, epilogue, OPTIONS, BLOCK_N, UPCAST)
+    else:
+        for sub in tl.static_range(SUBS):
+            offsets = partial_offsets(tile, split, first + 16 * sub, SPLITS, BLOCK_N)
+            tl.store(partials_ptr + offsets, accs[sub])
+        last = arrive(counters_ptr + tile * 4 + first // 16, SPLITS)
+        if last:
+            for sub in tl.static_range(SUBS):
+                acc = sum_partials(partials_ptr, tile, first + 16 * sub, SPLITS, BLOCK_N)
+                STORE(acc, first + 16 * sub, tile, length, epilogue, OPTIONS, BLOCK_N, UPCAST)
+
+
+@triton.jit
+def product(
+    window,
+    weights,
+    norm,
+    space,
+    epilogue,
+    OPTIONS,
+    length: tl.tensor,
+    K: tl.tensor,
+    STORE: tl.constexpr,
+    GATHER: tl.constexpr,
+    NORM_LOG2: tl.constexpr,
+    SUBS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NARROW_STAGES: tl.constexpr,
+    WIDE_STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """This program's tile of y^T = W x^T: one split of K, 16 columns or the whole window, and what STORE does.
+
+    Args:
+        window: (x_ptr, its row stride, pointer to the rows' indices, read with GATHER).
+        weights: (w_ptr, its row stride, rows [BLOCK_N] int64 of this tile, which of them exist).
+        norm: (sumsq_ptr, norm_ptr, eps), read if NORM_LOG2 >= 0.
+        space: (partials_ptr, counters_ptr), used if SPLITS > 1.
+        epilogue, OPTIONS: what STORE needs of its own; the second holds constexprs, which would become run-time
+            values if they were unpacked together with others.
+        length: T, or the number of rows. K: width of the weights.
+        STORE: called with the sum over all splits [BLOCK_N, 16] float32 of a sub-tile, its first column, the
+            tile's index, length, epilogue, OPTIONS, BLOCK_N and UPCAST.
+        NORM_LOG2: `tile_log2` of K, or -1 without a norm.
+    """
+    if SUBS == 1 or length <= 16:
+        _columns(
+            window, weights, norm, space, epilogue, OPTIONS, length, K,
+            STORE, GATHER, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, UPCAST,
+        )  # fmt: skip
+    else:
+        _columns(
+            window, weights, norm, space, epilogue, OPTIONS, length, K,
+            STORE, GATHER, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, UPCAST,
+        )  # fmt: skip

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.common import DTYPES, Launch
-
-WINDOW = 64
+from pyramid_rt.kernels.common import DTYPES, WINDOW, Launch, check_scalar, check_tensor
 
 
 @triton.jit
@@ -60,11 +58,6 @@ def compact_kernel(
             tl.store(tokens_ptr + start + to, ids, mask=moved)
 
 
-def _need(ok: bool, name: str, found: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"compact: {name} is {found}, expected {expected}")
-
-
 def plan(
     cache: Tensor, tokens: Tensor | None, start: Tensor, path: Tensor, count: Tensor, *, num_warps: int = 4
 ) -> Launch:
@@ -79,31 +72,18 @@ def plan(
         num_warps: of a program.
 
     Raises:
-        ValueError: an argument the kernel does not take, by name.
+        ValueError: names the argument that does not fit.
     """
-    _need(cache.dim() == 5 and cache.shape[1] == 2, "cache's shape", tuple(cache.shape), "[L, 2, KV, S, D]")
+    device = cache.device
+    check_tensor("cache", cache, (None, 2, None, None, None), DTYPES, device)
     layers, _, heads, rows, head_dim = cache.shape
-    _need(cache.dtype in DTYPES, "cache's dtype", cache.dtype, f"one of {DTYPES}")
-    _need(cache.stride(4) == 1, "cache's strides", cache.stride(), "a unit stride along D")
-    _need(rows >= WINDOW, "cache's S", rows, f"at least {WINDOW}")
-    _need(path.shape == (WINDOW,) and path.is_contiguous(), "path's shape", tuple(path.shape), f"[{WINDOW}]")
-    for name, scalar in (("start", start), ("count", count)):
-        _need(scalar.numel() == 1, f"{name}'s shape", tuple(scalar.shape), "one element")
+    if rows < WINDOW:
+        raise ValueError(f"cache has {rows} rows, expected at least {WINDOW}")
+    check_scalar("start", start, torch.int64, device)
+    check_tensor("path", path, (WINDOW,), torch.int64, device, contiguous=True)
+    check_scalar("count", count, torch.int64, device)
     if tokens is not None:
-        _need(
-            tokens.dim() == 1 and tokens.stride(0) == 1,
-            "tokens' shape",
-            tuple(tokens.shape),
-            "[N], contiguous",
-        )
-    for name, tensor in (("start", start), ("path", path), ("count", count), ("tokens", tokens)):
-        if tensor is not None:
-            _need(tensor.dtype == torch.int64, f"{name}'s dtype", tensor.dtype, "int64")
-            _need(
-                tensor.device == cache.device, f"{name}'s device", tensor.device, f"cache's, {cache.device}"
-            )
-    if not triton.knobs.runtime.interpret:
-        _need(cache.device.type in ("cuda", "meta"), "cache's device", cache.device, "cuda")
+        check_tensor("tokens", tokens, (None,), torch.int64, device, contiguous=True)
     return Launch(
         kernel=compact_kernel,
         grid=(heads, 2, layers),

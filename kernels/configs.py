@@ -7,7 +7,9 @@ the matrix shape, the type and the architecture, never on the window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -18,11 +20,11 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 
 @dataclass(frozen=True, slots=True)
 class ProjectionConfig:
-    """How one product is cut and compiled.
+    """How one product is cut and compiled; `dataclasses.replace` gives a neighbour to try.
 
     Attributes:
-        block_n: weight rows of a program, a multiple of 64 where sums of squares are made.
-        block_k: step along K.
+        block_n: weight rows of a program, a power of two; at least 64 where sums of squares are made.
+        block_k: step along K, a power of two.
         splits: programs that share one tile's K.
         sub_tiles: 16-column sub-tiles a program holds at once for a window of more than 16 rows: 4, or 1 where
             four do not fit the registers; the rest of the window is then other programs' work.
@@ -36,6 +38,19 @@ class ProjectionConfig:
     num_warps: int
     narrow_stages: int
     wide_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} is {value}, expected a power of two")
+        for name in ("splits", "narrow_stages", "wide_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.block_n < 16 or self.block_k < 16:
+            raise ValueError(f"block_n, block_k are {self.block_n}, {self.block_k}, expected at least 16")
+        if self.sub_tiles not in (1, 4):
+            raise ValueError(f"sub_tiles is {self.sub_tiles}, expected 1 or 4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,10 @@ _MACHINES = {
     100: _Machine(296, 1, (256, 4, 4), (128, 6, 6)),
     120: _Machine(340, 4, (128, 4, 3), (128, 4, 3)),
 }
+# Measured choices: (op, arch, N, K, dtype) of one matrix product -> its configuration, in place of the rule below.
+# What belongs here is what bench.tune_kernels found faster than the rule on that architecture. An entry with
+# another block_k or other splits changes the order of additions, so it changes the bits, for every T alike.
+TUNED: Mapping[tuple[Op, int, int, int, torch.dtype], ProjectionConfig] = MappingProxyType({})
 # No split leaves a program with fewer bytes of each weight row than this: its pipeline would never fill.
 _LEAST_BYTES = 1024
 _MOST_SPLITS = 8
@@ -87,7 +106,7 @@ def architecture(device: torch.device) -> int:
 
 
 def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dtype) -> ProjectionConfig:
-    """The configuration of a product with a weight matrix [rows, width].
+    """The configuration of a product with a weight matrix [rows, width]: `TUNED`'s, or the architecture's rule.
 
     Args:
         op: which kernel.
@@ -100,6 +119,9 @@ def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dty
     """
     if arch not in _MACHINES:
         raise ValueError(f"arch is {arch}, expected one of {', '.join(map(str, ARCHITECTURES))}")
+    tuned = TUNED.get((op, arch, rows, width, dtype))
+    if tuned is not None:
+        return tuned
     machine = _MACHINES[arch]
     bytes_k, narrow_stages, wide_stages = machine.plain if op == "project" else machine.normed
     block_n, block_k = 64, bytes_k // dtype.itemsize

@@ -22,13 +22,12 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
-    combine,
+    product,
     product_grid,
     product_options,
     round_to,
     split_pairs,
     tile_log2,
-    tile_product,
     tiles,
 )
 from pyramid_rt.kernels.configs import ProjectionConfig
@@ -39,16 +38,15 @@ def _store(
     acc: tl.tensor,
     column: tl.tensor,
     tile: tl.tensor,
-    bias_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
     length: tl.tensor,
-    inner: tl.tensor,
-    HAS_BIAS: tl.constexpr,
+    epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """silu(gate) * up of a [BLOCK_N, 16] product."""
+    bias_ptr, out_ptr, stride_out, inner = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     PAIRS: tl.constexpr = BLOCK_N // 2
     row = column + tl.arange(0, 16)
@@ -62,55 +60,6 @@ def _store(
     silu = round_to(gate / (1.0 + tl.exp(-gate)), dtype, UPCAST)
     product = round_to(silu * up, dtype, UPCAST).to(dtype)
     tl.store(out_ptr + row[None, :] * stride_out + n[:, None], product, mask=mask)
-
-
-@triton.jit
-def _columns(
-    x_ptr: tl.tensor,
-    stride_x: tl.tensor,
-    sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    eps: tl.tensor,
-    w_ptr: tl.tensor,
-    stride_w: tl.tensor,
-    bias_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
-    partials_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    length: tl.tensor,
-    inner: tl.tensor,
-    K: tl.tensor,
-    HAS_BIAS: tl.constexpr,
-    SUBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    NORM_LOG2: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """One tile of weight rows against SUBS sub-tiles of columns."""
-    first = tl.program_id(0) * 16
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
-    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_row = n // 2 + (n % 2) * inner
-    acc0, acc1, acc2, acc3 = tile_product(
-        w_ptr, w_row, stride_w, n < 2 * inner, x_ptr, stride_x, x_ptr, sumsq_ptr, norm_ptr, eps, first, length,
-        split, K, True, False, SUBS, SPLITS, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
-    )  # fmt: skip
-    acc0, acc1, acc2, acc3, last = combine(
-        acc0, acc1, acc2, acc3, partials_ptr, counters_ptr, tile, split, first, SUBS, SPLITS, BLOCK_N
-    )
-    if last:
-        for sub in tl.static_range(SUBS):
-            acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
-            _store(
-                acc, first + 16 * sub, tile, bias_ptr, out_ptr, stride_out, length, inner,
-                HAS_BIAS, BLOCK_N, UPCAST,
-            )  # fmt: skip
 
 
 # The window's length stays a run-time value: one binary serves every T.
@@ -143,18 +92,13 @@ def gate_up_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 channels, one split of K, 16 columns or the whole window."""
-    if SUBS == 1 or length <= 16:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, out_ptr, stride_out,
-            partials_ptr, counters_ptr, length, inner, K,
-            HAS_BIAS, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, UPCAST,
-        )  # fmt: skip
-    else:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, out_ptr, stride_out,
-            partials_ptr, counters_ptr, length, inner, K,
-            HAS_BIAS, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, UPCAST,
-        )  # fmt: skip
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weights = (w_ptr, stride_w, n // 2 + (n % 2) * inner, n < 2 * inner)
+    product(
+        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
+        (bias_ptr, out_ptr, stride_out, inner), (HAS_BIAS,), length, K, _store,
+        False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+    )  # fmt: skip
 
 
 def plan(

@@ -25,11 +25,11 @@ from pyramid_rt.kernels.common import (
     WINDOW,
     Launch,
     check_tensor,
+    product,
     product_grid,
     product_options,
     round_to,
     tile_log2,
-    tile_product,
     tiles,
     tree_sum,
 )
@@ -148,25 +148,19 @@ def _store(
     acc: tl.tensor,
     column: tl.tensor,
     tile: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
-    peak_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    token_ptr: tl.tensor,
-    seed_ptr: tl.tensor,
-    positions_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
     count: tl.tensor,
-    vocab: tl.tensor,
-    padded: tl.tensor,
-    dtype: tl.constexpr,
-    NOISY: tl.constexpr,
+    epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
-    LOG2: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits and statistics of a [BLOCK_N, 16] product."""
+    w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded = epilogue
+    NOISY: tl.constexpr = OPTIONS[0]
+    LOG2: tl.constexpr = OPTIONS[1]
+    peak_ptr, total_ptr, best_ptr, token_ptr = statistics
+    seed_ptr, positions_ptr, temperature_ptr = noise
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     row = column + tl.arange(0, 16)
     keep = row < count
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,56 +186,6 @@ def _store(
     tl.store(total_ptr + at, total, mask=keep)
     tl.store(best_ptr + at, best, mask=keep)
     tl.store(token_ptr + at, tile * BLOCK_N + index, mask=keep)
-
-
-@triton.jit
-def _columns(
-    x_ptr: tl.tensor,
-    stride_x: tl.tensor,
-    sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    eps: tl.tensor,
-    w_ptr: tl.tensor,
-    stride_w: tl.tensor,
-    rows_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
-    peak_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    token_ptr: tl.tensor,
-    seed_ptr: tl.tensor,
-    positions_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
-    count: tl.tensor,
-    vocab: tl.tensor,
-    padded: tl.tensor,
-    K: tl.tensor,
-    NOISY: tl.constexpr,
-    SUBS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    NORM_LOG2: tl.constexpr,
-    BLOCK_LOG2: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """One tile of the vocabulary against SUBS sub-tiles of columns."""
-    first = tl.program_id(0) * 16
-    tile = tl.program_id(1)
-    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc0, acc1, acc2, acc3 = tile_product(
-        w_ptr, n, stride_w, n < vocab, x_ptr, stride_x, rows_ptr, sumsq_ptr, norm_ptr, eps, first, count,
-        0, K, True, True, SUBS, 1, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
-    )  # fmt: skip
-    for sub in tl.static_range(SUBS):
-        acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
-        _store(
-            acc, first + 16 * sub, tile, out_ptr, stride_out, peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr,
-            positions_ptr, temperature_ptr, count, vocab, padded, w_ptr.dtype.element_ty,
-            NOISY, BLOCK_N, BLOCK_LOG2, UPCAST,
-        )  # fmt: skip
 
 
 # The number of rows stays a run-time value: one binary serves every window.
@@ -282,18 +226,15 @@ def head_kernel(
 ) -> None:
     """One program: BLOCK_N entries of the vocabulary, 16 rows or all of them."""
     tl.static_assert(SPLITS == 1)
-    if SUBS == 1 or count <= 16:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, rows_ptr, out_ptr, stride_out,
-            peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr, positions_ptr, temperature_ptr, count, vocab,
-            padded, K, NOISY, 1, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, BLOCK_LOG2, UPCAST,
-        )  # fmt: skip
-    else:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, rows_ptr, out_ptr, stride_out,
-            peak_ptr, total_ptr, best_ptr, token_ptr, seed_ptr, positions_ptr, temperature_ptr, count, vocab,
-            padded, K, NOISY, SUBS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, BLOCK_LOG2, UPCAST,
-        )  # fmt: skip
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
+    noise = (seed_ptr, positions_ptr, temperature_ptr)
+    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded)
+    product(
+        (x_ptr, stride_x, rows_ptr), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
+        (x_ptr, x_ptr), epilogue, (NOISY, BLOCK_LOG2), count, K, _store,
+        True, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+    )  # fmt: skip
 
 
 def plan(

@@ -21,11 +21,10 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
-    combine,
+    product,
     product_grid,
     product_options,
     round_to,
-    tile_product,
     tiles,
     tree_sum,
 )
@@ -37,19 +36,15 @@ def _store(
     acc: tl.tensor,
     column: tl.tensor,
     tile: tl.tensor,
-    bias_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    stride_residual: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
-    sumsq_ptr: tl.tensor,
     length: tl.tensor,
-    N: tl.tensor,
-    HAS_BIAS: tl.constexpr,
+    epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Bias, residual and sums of squares of a [BLOCK_N, 16] product."""
+    bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = column + tl.arange(0, 16)
     n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -68,53 +63,6 @@ def _store(
     out_row = column + part // PARTS
     keep = (out_row < length) & (channel_tile * 64 < N)
     tl.store(sumsq_ptr + channel_tile * 64 + out_row, sums, mask=keep)
-
-
-@triton.jit
-def _columns(
-    x_ptr: tl.tensor,
-    stride_x: tl.tensor,
-    w_ptr: tl.tensor,
-    stride_w: tl.tensor,
-    bias_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    stride_residual: tl.tensor,
-    out_ptr: tl.tensor,
-    stride_out: tl.tensor,
-    sumsq_ptr: tl.tensor,
-    partials_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    length: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    HAS_BIAS: tl.constexpr,
-    SUBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """One tile of weight rows against SUBS sub-tiles of columns."""
-    first = tl.program_id(0) * 16
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
-    n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc0, acc1, acc2, acc3 = tile_product(
-        w_ptr, n, stride_w, n < N, x_ptr, stride_x, x_ptr, x_ptr, x_ptr, 0.0, first, length, split, K,
-        False, False, SUBS, SPLITS, BLOCK_N, BLOCK_K, STAGES, EVEN, 0, UPCAST,
-    )  # fmt: skip
-    acc0, acc1, acc2, acc3, last = combine(
-        acc0, acc1, acc2, acc3, partials_ptr, counters_ptr, tile, split, first, SUBS, SPLITS, BLOCK_N
-    )
-    if last:
-        for sub in tl.static_range(SUBS):
-            acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
-            _store(
-                acc, first + 16 * sub, tile, bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr,
-                length, N, HAS_BIAS, BLOCK_N, UPCAST,
-            )  # fmt: skip
 
 
 # The window's length stays a run-time value: one binary serves every T.
@@ -146,18 +94,13 @@ def project_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N channels, one split of K, 16 columns or the whole window."""
-    if SUBS == 1 or length <= 16:
-        _columns(
-            x_ptr, stride_x, w_ptr, stride_w, bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out,
-            sumsq_ptr, partials_ptr, counters_ptr, length, N, K,
-            HAS_BIAS, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, UPCAST,
-        )  # fmt: skip
-    else:
-        _columns(
-            x_ptr, stride_x, w_ptr, stride_w, bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out,
-            sumsq_ptr, partials_ptr, counters_ptr, length, N, K,
-            HAS_BIAS, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, UPCAST,
-        )  # fmt: skip
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    epilogue = (bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N)
+    product(
+        (x_ptr, stride_x, x_ptr), (w_ptr, stride_w, n, n < N), (x_ptr, x_ptr, 0.0),
+        (partials_ptr, counters_ptr), epilogue, (HAS_BIAS,), length, K, _store,
+        False, -1, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+    )  # fmt: skip
 
 
 def plan(

@@ -25,13 +25,12 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
-    combine,
+    product,
     product_grid,
     product_options,
     round_to,
     split_pairs,
     tile_log2,
-    tile_product,
     tiles,
 )
 from pyramid_rt.kernels.configs import ProjectionConfig
@@ -42,25 +41,20 @@ def _store(
     acc: tl.tensor,
     column: tl.tensor,
     tile: tl.tensor,
-    bias_ptr: tl.tensor,
-    rotary_ptr: tl.tensor,
-    start_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    stride_k_head: tl.tensor,
-    stride_k_row: tl.tensor,
-    v_ptr: tl.tensor,
-    stride_v_head: tl.tensor,
-    stride_v_row: tl.tensor,
     length: tl.tensor,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    epilogue,
+    OPTIONS,
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """Bias, rotation and the three destinations of a [BLOCK_N, 16] product."""
+    bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache = epilogue
+    HAS_BIAS: tl.constexpr = OPTIONS[0]
+    HEADS: tl.constexpr = OPTIONS[1]
+    KV_HEADS: tl.constexpr = OPTIONS[2]
+    HEAD_DIM: tl.constexpr = OPTIONS[3]
+    k_ptr, stride_k_head, stride_k_row = k_cache
+    v_ptr, stride_v_head, stride_v_row = v_cache
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = BLOCK_N // 2
@@ -95,68 +89,6 @@ def _store(
     v_out = v_ptr + (head - HEADS - KV_HEADS).to(tl.int64) * stride_v_head + position * stride_v_row + i
     tl.store(v_out, low, mask=to_v)
     tl.store(v_out + HALF, high, mask=to_v)
-
-
-@triton.jit
-def _columns(
-    x_ptr: tl.tensor,
-    stride_x: tl.tensor,
-    sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    eps: tl.tensor,
-    w_ptr: tl.tensor,
-    stride_w: tl.tensor,
-    bias_ptr: tl.tensor,
-    rotary_ptr: tl.tensor,
-    start_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    stride_k_head: tl.tensor,
-    stride_k_row: tl.tensor,
-    v_ptr: tl.tensor,
-    stride_v_head: tl.tensor,
-    stride_v_row: tl.tensor,
-    partials_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    length: tl.tensor,
-    K: tl.tensor,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SUBS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    NORM_LOG2: tl.constexpr,
-    UPCAST: tl.constexpr,
-) -> None:
-    """One tile of weight rows against SUBS sub-tiles of columns."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    first = tl.program_id(0) * 16
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    pair = n // 2
-    w_row = ((pair // HALF) * HEAD_DIM + pair % HALF + (n % 2) * HALF).to(tl.int64)
-    acc0, acc1, acc2, acc3 = tile_product(
-        w_ptr, w_row, stride_w, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM, x_ptr, stride_x, x_ptr, sumsq_ptr,
-        norm_ptr, eps, first, length, split, K,
-        True, False, SUBS, SPLITS, BLOCK_N, BLOCK_K, STAGES, EVEN, NORM_LOG2, UPCAST,
-    )  # fmt: skip
-    acc0, acc1, acc2, acc3, last = combine(
-        acc0, acc1, acc2, acc3, partials_ptr, counters_ptr, tile, split, first, SUBS, SPLITS, BLOCK_N
-    )
-    if last:
-        for sub in tl.static_range(SUBS):
-            acc = acc0 if sub == 0 else (acc1 if sub == 1 else (acc2 if sub == 2 else acc3))
-            _store(
-                acc, first + 16 * sub, tile, bias_ptr, rotary_ptr, start_ptr, q_ptr, k_ptr, stride_k_head,
-                stride_k_row, v_ptr, stride_v_head, stride_v_row, length,
-                HEADS, KV_HEADS, HEAD_DIM, HAS_BIAS, BLOCK_N, UPCAST,
-            )  # fmt: skip
 
 
 # The window's length stays a run-time value: one binary serves every T.
@@ -198,20 +130,19 @@ def qkv_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 rotary pairs, one split of K, 16 columns or the whole window."""
-    if SUBS == 1 or length <= 16:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, rotary_ptr, start_ptr, q_ptr,
-            k_ptr, stride_k_head, stride_k_row, v_ptr, stride_v_head, stride_v_row, partials_ptr, counters_ptr,
-            length, K, HEADS, KV_HEADS, HEAD_DIM,
-            HAS_BIAS, 1, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, EVEN, NORM_LOG2, UPCAST,
-        )  # fmt: skip
-    else:
-        _columns(
-            x_ptr, stride_x, sumsq_ptr, norm_ptr, eps, w_ptr, stride_w, bias_ptr, rotary_ptr, start_ptr, q_ptr,
-            k_ptr, stride_k_head, stride_k_row, v_ptr, stride_v_head, stride_v_row, partials_ptr, counters_ptr,
-            length, K, HEADS, KV_HEADS, HEAD_DIM,
-            HAS_BIAS, SUBS, SPLITS, BLOCK_N, BLOCK_K, WIDE_STAGES, EVEN, NORM_LOG2, UPCAST,
-        )  # fmt: skip
+    HALF: tl.constexpr = HEAD_DIM // 2
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pair = n // 2
+    row = ((pair // HALF) * HEAD_DIM + pair % HALF + (n % 2) * HALF).to(tl.int64)
+    weights = (w_ptr, stride_w, row, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    k_cache = (k_ptr, stride_k_head, stride_k_row)
+    v_cache = (v_ptr, stride_v_head, stride_v_row)
+    product(
+        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
+        (bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache), (HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM),
+        length, K, _store,
+        False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+    )  # fmt: skip
 
 
 def plan(

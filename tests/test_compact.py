@@ -84,21 +84,21 @@ def test_strided_cache_and_no_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("message", "change"),
     [
-        ("cache's shape", {"cache": torch.zeros(2, 1, 80, 64)}),
-        ("cache's dtype", {"cache": torch.zeros(2, 2, 1, 80, 64, dtype=torch.float64)}),
-        ("cache's strides", {"cache": torch.zeros(2, 2, 1, 64, 80).transpose(3, 4)}),
-        ("cache's S", {"cache": torch.zeros(2, 2, 1, 63, 64)}),
-        ("path's shape", {"path": torch.zeros(63, dtype=torch.int64)}),
-        ("path's dtype", {"path": torch.zeros(64, dtype=torch.int32)}),
-        ("start's shape", {"start": torch.zeros(2, dtype=torch.int64)}),
-        ("count's dtype", {"count": torch.tensor(1.0)}),
-        ("tokens' shape", {"tokens": torch.zeros(2, 70, dtype=torch.int64)}),
-        ("tokens's device", {"tokens": torch.zeros(70, dtype=torch.int64, device="meta")}),
+        ("cache has shape", {"cache": torch.zeros(2, 1, 80, 64)}),
+        ("cache is torch.float64", {"cache": torch.zeros(2, 2, 1, 80, 64, dtype=torch.float64)}),
+        ("cache has strides", {"cache": torch.zeros(2, 2, 1, 64, 80).transpose(3, 4)}),
+        ("cache has 63 rows", {"cache": torch.zeros(2, 2, 1, 63, 64)}),
+        ("path has shape", {"path": torch.zeros(63, dtype=torch.int64)}),
+        ("path is torch.int32", {"path": torch.zeros(64, dtype=torch.int32)}),
+        ("start has shape", {"start": torch.zeros(2, dtype=torch.int64)}),
+        ("count is torch.float32", {"count": torch.tensor(1.0)}),
+        ("tokens has shape", {"tokens": torch.zeros(2, 70, dtype=torch.int64)}),
+        ("tokens is on meta", {"tokens": torch.zeros(70, dtype=torch.int64, device="meta")}),
     ],
 )
-def test_refuses_by_name(name: str, change: dict[str, Tensor]) -> None:
+def test_refuses_by_name(message: str, change: dict[str, Tensor]) -> None:
     arguments = {
         "cache": torch.zeros(2, 2, 1, 80, 64),
         "tokens": torch.zeros(80, dtype=torch.int64),
@@ -106,5 +106,5 @@ def test_refuses_by_name(name: str, change: dict[str, Tensor]) -> None:
         "path": torch.zeros(64, dtype=torch.int64),
         "count": torch.tensor(0),
     }
-    with pytest.raises(ValueError, match=f"compact: {name}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         compact.plan(**(arguments | change))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import compile_gate as gate
 from bench import compile_kernels
+from bench import compile_manifest as manifest
+from pyramid_rt.kernels.common import Launch
 
 SASS = """\
 	.headerflags	@"EF_CUDA_SM90"
@@ -44,6 +48,21 @@ ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions
 """
 RESOURCES = "Function kernel:\n  REG:238 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:632 TEXTURE:0\n"
 CLEAN = PTXAS.splitlines()[0]
+TTGIR = """\
+#blocked1 = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}>
+#blocked2 = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [4, 8], warpsPerCTA = [1, 4], order = [0, 1]}>
+      %total = "tt.reduce"(%parts_46) <{axis = 1 : i32}> ({
+      ^bb0(%total_190: f32 loc(#loc1), %total_191: f32 loc(#loc1)):
+        %total_192 = arith.addf %total_190, %total_191 : f32 loc(#loc439)
+        tt.reduce.return %total_192 : f32 loc(#loc418)
+      }) : (tensor<16x32xf32, #blocked2>) -> tensor<16xf32, #ttg.slice<{dim = 1, parent = #blocked2}>> loc(#loc418)
+      %peak = "tt.reduce"(%logits) <{axis = 0 : i32}> ({
+      ^bb0(%peak_1: f32 loc(#loc1), %peak_2: f32 loc(#loc1)):
+        %peak_3 = arith.maxnumf %peak_1, %peak_2 : f32 loc(#loc2)
+        tt.reduce.return %peak_3 : f32 loc(#loc2)
+      }) : (tensor<64x16xf32, #blocked1>) -> tensor<16xf32, #ttg.slice<{dim = 0, parent = #blocked1}>> loc(#loc2)
+"""
+LAYOUT = "16x32 [4,1] [4,8] [1,4] [0,1]"
 GOOD = gate.Figures(
     registers=128,
     spill_bytes=0,
@@ -57,8 +76,10 @@ GOOD = gate.Figures(
     barrier_before_arrival=True,
     warnings=0,
     instructions=900,
+    row_sums=LAYOUT,
 )
-ALL = gate.Needs(tensor_core=True, arrival=True, streams=True)
+ALL = gate.Needs(tensor_core=True, arrival=True, streams=True, normalises="window")
+KERNEL = manifest.Kernel("head", "bfloat16", "plain", "small")
 
 
 def test_instructions_widths_and_loops() -> None:
@@ -94,12 +115,36 @@ def test_programs_per_sm(arch: int, registers: int, shared: int, num_warps: int,
     assert gate.programs_per_sm(arch, registers, shared, num_warps) == programs
 
 
+def figures(**change: Any) -> gate.Figures:
+    given: dict[str, Any] = {"arch": 90, "shared": 114688, "num_warps": 4, "stages": (3,), "programs": 9999}
+    return gate.figures(SASS, RESOURCES, CLEAN, TTGIR, **(given | change))
+
+
 def test_figures_of_a_kernel() -> None:
-    found = gate.figures(SASS, RESOURCES, CLEAN, arch=90, shared=114688, num_warps=4, num_stages=3)
+    found = figures()
     assert found.wide_share == round(32 / 42, 3)
     assert found.bytes_in_flight == 32 * 2 * 128 * 2
     assert found.tensor_core == "HGMMA.64x64x16"
     assert (found.arrivals, found.local_accesses, found.spill_bytes) == (1, 0, 0)
+    assert found.row_sums == LAYOUT
+
+
+def test_bytes_in_flight() -> None:
+    assert figures(programs=66).bytes_in_flight == 32 * 2 * 128 // 2, "half of the SMs have a program"
+    assert figures(stages=(6, 2)).bytes_in_flight == 32 * 1 * 128 * 2, "one loop, two depths: the least"
+    wider = SASS.replace(".L_x", ".L_y").replace("LDG.E.64", "LDGSTS.E.128")
+    two = gate.figures(
+        SASS + wider, RESOURCES, CLEAN, "", arch=90, shared=114688, num_warps=4, stages=(6, 2), programs=9999
+    )
+    assert two.bytes_in_flight == 48 * 1 * 128 * 2, "the loop with the fewest: the wide one, at its own depth"
+
+
+def test_layouts_of_sums() -> None:
+    assert gate.sum_layouts("") == ""
+    other = TTGIR.replace("16x32xf32, #blocked2", "16x32xf32, #blocked1")
+    assert gate.sum_layouts(TTGIR + other) == f"16x32 [1,8] [4,8] [4,1] [1,0] | {LAYOUT}"
+    assert gate.sum_layouts(TTGIR + TTGIR.replace("16x32", "16x64")).count("|") == 1
+    assert gate.sum_layouts(TTGIR.replace("addf", "maxnumf")) == ""
 
 
 def test_the_gate_passes_what_is_good() -> None:
@@ -123,6 +168,8 @@ def test_the_gate_passes_what_is_good() -> None:
         ({"tensor_core": ""}, "none, expected HGMMA"),
         ({"arrivals": 0}, "no arrival"),
         ({"barrier_before_arrival": False}, "no BAR.SYNC"),
+        ({"row_sums": ""}, "layouts none"),
+        ({"row_sums": f"{LAYOUT} | 16x64"}, "expected one"),
     ],
 )
 def test_the_gate_refuses(change: dict[str, Any], message: str) -> None:
@@ -132,31 +179,80 @@ def test_the_gate_refuses(change: dict[str, Any], message: str) -> None:
 
 
 def test_comparison_with_the_manifest() -> None:
-    found = {"a": GOOD.json(), "b": GOOD.json()}
-    manifest = {"3.9.0": {"sm_90": {"a": GOOD.json() | {"registers": 130}, "c": GOOD.json()}}}
-    assert gate.compare(manifest, "3.9.0", "sm_90", found, whole=True) == [
-        "a: registers 130 -> 128",
-        "b: not in the manifest",
-        "c: in the manifest, not compiled",
+    a, b, c = (replace(KERNEL, shape=shape) for shape in "abc")
+    kept = {"3.9.0": {"sm_90": {a: replace(GOOD, registers=130), c: GOOD}}}
+    found = {a: GOOD, b: GOOD}
+    assert manifest.compare(kept, "3.9.0", "sm_90", found, whole=True) == [
+        "head/bfloat16/plain@a: registers 130 -> 128",
+        "head/bfloat16/plain@b: not in the manifest",
+        "head/bfloat16/plain@c: in the manifest, not compiled",
     ]
-    assert len(gate.compare(manifest, "3.9.0", "sm_90", found, whole=False)) == 2
+    assert len(manifest.compare(kept, "3.9.0", "sm_90", found, whole=False)) == 2
     for version, arch in (("3.8.0", "sm_90"), ("3.9.0", "sm_80")):
         with pytest.raises(KeyError):
-            gate.compare(manifest, version, arch, found, whole=True)
+            manifest.compare(kept, version, arch, found, whole=True)
+
+
+def test_the_manifest_has_a_line_a_binary_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    kernels = {replace(KERNEL, shape=shape): GOOD for shape in ("1b", "3b", "8b")}
+    kernels[replace(KERNEL, shape="3b")] = replace(GOOD, registers=99)
+    kept = {"3.10.0": {"sm_100": kernels, "sm_90": {KERNEL: GOOD}}, "3.9.0": {"sm_90": {KERNEL: GOOD}}}
+    path = tmp_path / "manifest.json"
+    manifest.save(kept, path)
+    assert manifest.load(path) == kept
+    assert list(json.loads(path.read_text())["3.10.0"]) == ["sm_90", "sm_100"]
+    lines = [line for line in path.read_text().splitlines() if "head/bfloat16/plain@" in line]
+    assert len(lines) == 4
+    assert '"head/bfloat16/plain@1b+8b"' in lines[1]
+    path.write_text(path.read_text().replace('"stack"', '"heap"'))
+    with pytest.raises(ValueError, match="other fields"):
+        manifest.load(path)
+
+
+def compiled(kernel: manifest.Kernel, **change: Any) -> compile_kernels.Compiled:
+    return compile_kernels.Compiled(kernel, "hash", replace(GOOD, **change), ALL, [])
 
 
 def test_what_is_not_in_the_manifest_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    compiled = [compile_kernels.Compiled("a", GOOD, [])]
-    assert compile_kernels.check_manifest({}, "3.9.1", "sm_90", compiled, whole=True)
+    assert compile_kernels.check_manifest({}, "3.9.1", "sm_90", [compiled(KERNEL)], whole=True)
     assert "Triton 3.9.1 for sm_90 is not in the manifest" in capsys.readouterr().out
 
 
-def test_the_committed_manifest_has_only_known_figures_that_pass() -> None:
-    manifest = json.loads(compile_kernels.MANIFEST.read_text(encoding="utf-8"))
-    assert manifest
-    for architectures in manifest.values():
+def test_kernels_of_a_model_must_normalise_alike() -> None:
+    first, second = compiled(KERNEL), compiled(replace(KERNEL, op="qkv"), row_sums="16x32 [1,4]")
+    assert len(compile_kernels.unequal_norms([first, second])) == 1
+    other_model = replace(second, kernel=replace(second.kernel, shape="large"))
+    assert compile_kernels.unequal_norms([first, other_model]) == []
+    for needs in (gate.Needs(), replace(ALL, normalises="gather")):
+        assert compile_kernels.unequal_norms([first, replace(second, needs=needs)]) == []
+
+
+@pytest.mark.parametrize("op", sorted(compile_kernels.OPS))
+def test_every_op_is_planned_for_every_shape_dtype_and_length(
+    op: str,
+) -> None:
+    """The plans themselves, which refuse what does not fit; the compiler is not needed for that."""
+    for shape in compile_kernels.SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for arch in (80, 90, 100):
+                plans = [
+                    list(compile_kernels.OPS[op](shape, dtype, arch, n)) for n in compile_kernels.LENGTHS
+                ]
+                names = [variant.name for variant in plans[0]]
+                assert len(set(names)) == len(names) >= 1
+                for variants in plans:
+                    assert [variant.name for variant in variants] == names
+                    for variant, first in zip(variants, plans[0], strict=True):
+                        assert isinstance(variant.launch, Launch)
+                        assert variant.launch.kwargs == first.launch.kwargs, "a constexpr depends on T"
+
+
+def test_the_committed_manifest_has_only_known_kernels_that_pass() -> None:
+    kept = manifest.load()
+    assert {"3.6.0", "3.9.0"} <= kept.keys()
+    for architectures in kept.values():
+        assert set(architectures) == set(compile_kernels.ARCHITECTURES)
         for arch, kernels in architectures.items():
-            assert arch in compile_kernels.ARCHITECTURES
-            for key, stored in kernels.items():
-                assert key.split("/")[0] in compile_kernels.OPS
-                assert gate.gate(gate.Figures(**stored), gate.Needs(), int(arch[3:])) == [], key
+            assert {kernel.op for kernel in kernels} == set(compile_kernels.OPS)
+            for kernel, stored in kernels.items():
+                assert gate.gate(stored, gate.Needs(), int(arch[3:])) == [], kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from oracle import CONFIG, DEVICE, DTYPES, poisoned, random, sums_of_squares, window, workspace, zeros
 
-from pyramid_rt.kernels import common, configs, embed, gate_up, head, project, qkv
+from pyramid_rt.kernels import attention_configs, common, configs, embed, gate_up, head, project, qkv
 
 # Hidden size, intermediate size, query heads, key heads, head size, vocabulary.
 SHAPES = {
@@ -50,6 +51,47 @@ def test_unknown_architecture_is_refused() -> None:
     assert "head" in get_args(configs.Op)
     with pytest.raises(ValueError, match=r"^arch "):
         configs.projection_config("head", 75, 64, 64, torch.float32)
+
+
+def test_a_tuned_entry_takes_the_place_of_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("gate_up", 90, 16384, 2048, torch.bfloat16)
+    rule = configs.projection_config(*key)
+    tuned = replace(rule, num_warps=2 * rule.num_warps)
+    monkeypatch.setattr(configs, "TUNED", {key: tuned})
+    assert configs.projection_config(*key) == tuned != rule
+    other = ("gate_up", 80, 16384, 2048, torch.bfloat16)
+    assert configs.projection_config(*other).num_warps == rule.num_warps
+
+    usual = attention_configs.config_for(torch.bfloat16, 64, 90)
+    tuned_attention = replace(usual, num_stages=usual.num_stages + 1)
+    monkeypatch.setattr(attention_configs, "TUNED", {(90, 64, torch.bfloat16): tuned_attention})
+    assert attention_configs.config_for(torch.bfloat16, 64, 90) == tuned_attention
+    assert attention_configs.config_for(torch.bfloat16, 128, 90) != tuned_attention
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sub_tiles": 2}, "sub_tiles is 2"),
+        ({"block_k": 48}, "block_k is 48"),
+        ({"block_n": 8}, "block_n, block_k are 8, 32"),
+        ({"splits": 0}, "splits is 0"),
+        ({"num_warps": 3}, "num_warps is 3"),
+        ({"wide_stages": 0}, "wide_stages is 0"),
+    ],
+)
+def test_a_configuration_no_kernel_takes_is_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_a_compiled_kernel_takes_no_tensor_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = zeros(4, 64), torch.zeros(4, dtype=torch.int64, device=DEVICE), 3, zeros(64, 64), zeros(1, 64)
+    embed.plan(*arguments)
+    monkeypatch.setattr(common, "interpreted", lambda _: False)
+    cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with pytest.raises(ValueError, match=r"^table is on cpu, expected a CUDA device"):
+        embed.plan(*cpu)
 
 
 def test_a_step_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
