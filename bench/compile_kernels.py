@@ -119,11 +119,12 @@ def _sums(width: int) -> torch.Tensor:
 
 
 def embed_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
-    """The window's rows."""
+    """The window's tokens as a list, and as a part of the token buffer that the device knows."""
     from pyramid_rt.kernels import embed
 
     table, out = _empty(shape.vocab, shape.hidden, dtype=dtype), _empty(64, shape.hidden, dtype=dtype)
-    yield Variant("plain", embed.plan(table, _ints(64), length, out, _sums(shape.hidden)), Needs())
+    for name, start in (("plain", None), ("placed", _ints())):
+        yield Variant(name, embed.plan(table, _ints(64), length, out, _sums(shape.hidden), start), Needs())
 
 
 def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
@@ -213,7 +214,7 @@ def gate_up_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
 
 
 def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
-    """Without and with the own tokens' noise."""
+    """Chosen rows without the own tokens' noise, and rows that decide consecutive positions with it."""
     import torch
 
     from pyramid_rt.kernels import head
@@ -223,8 +224,10 @@ def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> I
     config, _, needs = _projection("head", vocab, width, dtype, arch)
     x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (vocab, width)))
     statistics = head.TileStatistics.allocate(tiles(vocab, config.block_n), torch.device("meta"))
-    for name, noise in (("plain", None), ("noisy", head.Noise(_ints(2), _ints(length), _floats()))):
-        rows, out = _ints(length), _floats(64, vocab)
+    place = head.Placement(_ints(), _ints(), _ints(), length)
+    drawn = head.Noise(_ints(2), None, _floats())
+    for name, rows, noise in (("plain", _ints(length), None), ("placed", place, drawn)):
+        out = _floats(64, vocab)
         launch = head.plan(x, _sums(width), norm, 1e-5, weight, rows, vocab, out, statistics, noise, config)
         yield Variant(name, launch, needs)
 

@@ -72,7 +72,9 @@ def _split_count(
 
 
 # length (T) and kv_bound stay run-time values without specialisation: one binary for all of them.
-@triton.jit(do_not_specialize=["length", "kv_bound"])
+@triton.jit(
+    do_not_specialize=["length", "kv_bound"], do_not_specialize_on_alignment=["start_ptr", "ancestors_ptr"]
+)
 def attention_kernel(
     q_ptr,
     k_ptr,

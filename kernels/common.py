@@ -23,6 +23,11 @@ from pyramid_rt.kernels.configs import ProjectionConfig
 WINDOW = 64
 # Columns of one product: the narrowest that sm_90 multiplies from shared memory without serialising.
 COLUMNS = 16
+# Where a product's columns come from: rows 0 .. T - 1 of the window, a list of rows, or those that decide
+# consecutive positions.
+EVERY = tl.constexpr(0)
+LISTED = tl.constexpr(1)
+PLACED = tl.constexpr(2)
 # Channels that share one partial sum of squares.
 CHANNELS = 64
 
@@ -228,14 +233,18 @@ def round_to(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.tens
 
 @triton.jit
 def window_rows(
-    rows_ptr: tl.tensor, first: tl.tensor, length: tl.tensor, GATHER: tl.constexpr
+    rows_ptr, first: tl.tensor, length: tl.tensor, GATHER: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Rows of x behind 16 columns from `first` on, and which of them are wanted. [16] int64 and bool."""
     column = first + tl.arange(0, 16)
     keep = column < length
     row = column.to(tl.int64)
-    if GATHER:
+    if GATHER == LISTED:
         row = tl.load(rows_ptr + column, mask=keep, other=0).to(tl.int64)
+    if GATHER == PLACED:
+        start_ptr, decided_ptr = rows_ptr
+        shift = tl.load(decided_ptr) - 1 - tl.load(start_ptr)
+        row = tl.minimum(tl.maximum(row + shift, 0), 63)
     return row, keep
 
 
@@ -460,7 +469,8 @@ def product(
     """This program's tile of y^T = W x^T: one split of K, 16 columns or the whole window, and what STORE does.
 
     Args:
-        window: (x_ptr, its row stride, pointer to the rows' indices, read with GATHER).
+        window: (x_ptr, its row stride, where the rows are: with LISTED a pointer to their indices, with PLACED
+            pointers to the window's first position and to the position that the first row decides).
         weights: (w_ptr, its row stride, rows [BLOCK_N] int64 of this tile, which of them exist).
         norm: (sumsq_ptr, norm_ptr, eps), read if NORM_LOG2 >= 0.
         space: (partials_ptr, counters_ptr), used if SPLITS > 1.

@@ -23,7 +23,7 @@ from pyramid_rt.kernels.common import (
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["tokens_ptr", "start_ptr"])
 def embed_kernel(
     table_ptr: tl.tensor,
     stride_table: tl.tensor,
@@ -31,15 +31,18 @@ def embed_kernel(
     out_ptr: tl.tensor,
     stride_out: tl.tensor,
     sumsq_ptr: tl.tensor,
+    start_ptr: tl.tensor,
     length: tl.tensor,
     width: tl.tensor,
+    PLACED: tl.constexpr,
 ) -> None:
     """One program: 16 rows of 64 channels."""
     tile = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     channel = tile * 64 + tl.arange(0, 64)
     keep = row < length
-    token = tl.load(tokens_ptr + row, mask=keep, other=0)
+    begin = tl.load(start_ptr) if PLACED else 0
+    token = tl.load(tokens_ptr + begin + row, mask=keep, other=0)
     mask = keep[:, None] & (channel[None, :] < width)
     x = tl.load(table_ptr + token[:, None] * stride_table + channel[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + row[:, None] * stride_out + channel[None, :], x, mask=mask)
@@ -47,7 +50,9 @@ def embed_kernel(
     tl.store(sumsq_ptr + tile * 64 + row, tree_sum(wide * wide, 16, 6), mask=keep)
 
 
-def plan(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor) -> Launch:
+def plan(
+    table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor, start: Tensor | None = None
+) -> Launch:
     """The launch of an embedding gather.
 
     Args:
@@ -56,6 +61,8 @@ def plan(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor)
         length: T, 1 to 64.
         out: [64, C] dtype; rows T and later are left alone.
         sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
+        start: 0-d int64, read on the device: the window is tokens[start : start + T], which the caller keeps
+            inside. None: it is tokens[:T].
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -69,14 +76,28 @@ def plan(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor)
     width = table.shape[1]
     check_tensor("out", out, (WINDOW, width), table.dtype, device)
     check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    if start is not None:
+        check_tensor("start", start, (), torch.int64, device)
     return Launch(
         embed_kernel,
         (tiles(width, CHANNELS), tiles(length, 16), 1),
-        (table, table.stride(0), tokens, out, out.stride(0), sumsq, length, width),
-        {"num_warps": 2, "enable_fp_fusion": False},
+        (
+            table,
+            table.stride(0),
+            tokens,
+            out,
+            out.stride(0),
+            sumsq,
+            tokens if start is None else start,
+            length,
+            width,
+        ),
+        {"PLACED": start is not None, "num_warps": 2, "enable_fp_fusion": False},
     )
 
 
-def run(table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor) -> None:
+def run(
+    table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor, start: Tensor | None = None
+) -> None:
     """Gather the window's rows; arguments as `plan`."""
-    plan(table, tokens, length, out, sumsq).run()
+    plan(table, tokens, length, out, sumsq, start).run()

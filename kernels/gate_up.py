@@ -16,6 +16,7 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
+    EVERY,
     WINDOW,
     Launch,
     Workspace,
@@ -97,7 +98,7 @@ def gate_up_kernel(
     product(
         (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
         (bias_ptr, out_ptr, stride_out, inner), (HAS_BIAS,), length, K, _store,
-        False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+        EVERY, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 
 

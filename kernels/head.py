@@ -22,6 +22,8 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
+    LISTED,
+    PLACED,
     WINDOW,
     Launch,
     check_tensor,
@@ -69,13 +71,33 @@ class Noise:
 
     Attributes:
         seed: [2] int64, the low and the high 32-bit word.
-        positions: [R] int64, the absolute position that each row decides.
+        positions: [R] int64, the absolute position that each row decides; None where a `Placement` says so.
         temperature: 0-d float32; 0 turns the noise off.
     """
 
     seed: Tensor
-    positions: Tensor
+    positions: Tensor | None
     temperature: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Rows that decide consecutive positions, by numbers that are read on the device; each 0-d int64.
+
+    Row r < count is window row decided - 1 + r - start, clamped to the window. What becomes of it goes to row
+    decided - first + r of the outputs, where they have such a row, and its noise is that of position decided + r.
+
+    Attributes:
+        start: absolute position of the window's first row.
+        decided: position that row 0 decides.
+        first: position that row 0 of the outputs belongs to.
+        count: 1 to 64.
+    """
+
+    start: Tensor
+    decided: Tensor
+    first: Tensor
+    count: int
 
 
 @triton.jit
@@ -155,9 +177,10 @@ def _store(
     UPCAST: tl.constexpr,
 ) -> None:
     """Logits and statistics of a [BLOCK_N, 16] product."""
-    w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded = epilogue
+    w_ptr, out_ptr, stride_out, statistics, noise, places, vocab, padded, capacity = epilogue
     NOISY: tl.constexpr = OPTIONS[0]
     LOG2: tl.constexpr = OPTIONS[1]
+    WHERE: tl.constexpr = OPTIONS[2]
     peak_ptr, total_ptr, best_ptr, token_ptr = statistics
     seed_ptr, positions_ptr, temperature_ptr = noise
     dtype: tl.constexpr = w_ptr.dtype.element_ty
@@ -166,6 +189,10 @@ def _store(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = tl.where(n[:, None] < vocab, round_to(acc, dtype, UPCAST), float("-inf"))
     wide_row = row.to(tl.int64)
+    if WHERE == PLACED:
+        decided_ptr, first_ptr = places
+        wide_row += tl.load(decided_ptr) - tl.load(first_ptr)
+        keep = keep & (wide_row >= 0) & (wide_row < capacity)
     mask = (n[:, None] < padded) & keep[None, :]
     tl.store(out_ptr + wide_row[None, :] * stride_out + n[:, None], logits, mask=mask)
 
@@ -176,7 +203,10 @@ def _store(
     score = logits
     if NOISY:
         temperature = tl.load(temperature_ptr)
-        position = tl.load(positions_ptr + row, mask=keep, other=0)
+        if WHERE == PLACED:
+            position = tl.load(positions_ptr) + row
+        else:
+            position = tl.load(positions_ptr + row, mask=keep, other=0)
         noise = own_noise(seed_ptr, position, tile, BLOCK_N)
         scaled = tl.div_rn(logits, tl.zeros_like(logits) + tl.where(temperature > 0.0, temperature, 1.0))
         score = tl.where(temperature > 0.0, scaled + noise, logits)
@@ -188,8 +218,14 @@ def _store(
     tl.store(token_ptr + at, tile * BLOCK_N + index, mask=keep)
 
 
-# The number of rows stays a run-time value: one binary serves every window.
-@triton.jit(do_not_specialize=["count", "eps"])
+# Neither the number of rows nor the place of a scalar in its buffer may make another binary.
+@triton.jit(
+    do_not_specialize=["count", "capacity", "eps"],
+    do_not_specialize_on_alignment=[
+        "rows_ptr", "peak_ptr", "total_ptr", "best_ptr", "token_ptr", "seed_ptr", "positions_ptr",
+        "temperature_ptr", "start_ptr", "decided_ptr", "first_ptr",
+    ],
+)  # fmt: skip
 def head_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -208,11 +244,16 @@ def head_kernel(
     seed_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     temperature_ptr: tl.tensor,
+    start_ptr: tl.tensor,
+    decided_ptr: tl.tensor,
+    first_ptr: tl.tensor,
     count: tl.tensor,
     vocab: tl.tensor,
     padded: tl.tensor,
+    capacity: tl.tensor,
     K: tl.tensor,
     NOISY: tl.constexpr,
+    WHERE: tl.constexpr,
     NORM_LOG2: tl.constexpr,
     BLOCK_LOG2: tl.constexpr,
     SUBS: tl.constexpr,
@@ -229,11 +270,13 @@ def head_kernel(
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
-    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, vocab, padded)
+    places = (decided_ptr, first_ptr)
+    epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, places, vocab, padded, capacity)
+    rows = (start_ptr, decided_ptr) if WHERE == PLACED else rows_ptr
     product(
-        (x_ptr, stride_x, rows_ptr), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
-        (x_ptr, x_ptr), epilogue, (NOISY, BLOCK_LOG2), count, K, _store,
-        True, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+        (x_ptr, stride_x, rows), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
+        (x_ptr, x_ptr), epilogue, (NOISY, BLOCK_LOG2, WHERE), count, K, _store,
+        WHERE, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 
 
@@ -243,7 +286,7 @@ def plan(
     norm: Tensor,
     eps: float,
     weight: Tensor,
-    rows: Tensor,
+    rows: Tensor | Placement,
     vocab_size: int,
     out: Tensor,
     statistics: TileStatistics,
@@ -258,12 +301,12 @@ def plan(
         norm: [C] dtype, weight of the RMSNorm.
         eps: of the RMSNorm.
         weight: [V, C] dtype.
-        rows: [R] int64, contiguous, 1 <= R <= 64: indices of rows of x.
+        rows: [R] int64, contiguous, 1 <= R <= 64: indices of rows of x; or a `Placement`.
         vocab_size: valid entries, at most V; later ones become -inf.
-        out: [64, P] float32 with vocab_size <= P <= V rounded up to the tile; a row's stride is a multiple of 4
-            and the first element aligned to 16 bytes. Columns from vocab_size on become -inf, rows R and later
-            are left alone.
-        statistics: of ceil(P / block_n) tiles; rows R and later are left alone.
+        out: [M, P] float32 with vocab_size <= P <= V rounded up to the tile; a row's stride is a multiple of 4
+            and the first element aligned to 16 bytes. M is 64, with a `Placement` any number. Columns from
+            vocab_size on become -inf, rows that are not asked for are left alone.
+        statistics: [M, ceil(P / block_n)]; rows that are not asked for are left alone.
         noise: of the own tokens, or None where none is wanted; a graph variant.
         config: `projection_config("head", ...)`, without splits.
 
@@ -276,15 +319,23 @@ def plan(
     check_tensor("x", x, (WINDOW, width), dtype, device)
     check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
     check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
-    check_tensor("rows", rows, (None,), torch.int64, device, contiguous=True)
-    count = rows.shape[0]
+    placed = isinstance(rows, Placement)
+    if isinstance(rows, Placement):
+        count, some = rows.count, rows.start
+        for name in ("start", "decided", "first"):
+            check_tensor(f"rows.{name}", getattr(rows, name), (), torch.int64, device)
+        scalars = (rows.start, rows.decided, rows.first)
+    else:
+        check_tensor("rows", rows, (None,), torch.int64, device, contiguous=True)
+        count, some = rows.shape[0], rows
+        scalars = (rows, rows, rows)
     if not 1 <= count <= WINDOW:
         raise ValueError(f"rows has {count} entries, expected 1 to {WINDOW}")
     if not 1 <= vocab_size <= entries:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {entries}, the rows of weight")
     if config.splits != 1:
         raise ValueError(f"config.splits is {config.splits}, expected 1")
-    check_tensor("out", out, (WINDOW, None), torch.float32, device)
+    check_tensor("out", out, (None if placed else WINDOW, None), torch.float32, device)
     padded = out.shape[1]
     if padded < vocab_size:
         raise ValueError(f"out has {padded} columns, expected at least vocab_size = {vocab_size}")
@@ -294,10 +345,13 @@ def plan(
     for name in ("peak", "total", "best", "token"):
         kind = torch.int32 if name == "token" else torch.float32
         tensor: Tensor = getattr(statistics, name)
-        check_tensor(f"statistics.{name}", tensor, (WINDOW, count_tiles), kind, device, contiguous=True)
+        check_tensor(f"statistics.{name}", tensor, (out.shape[0], count_tiles), kind, device, contiguous=True)
     if noise is not None:
         check_tensor("noise.seed", noise.seed, (2,), torch.int64, device, contiguous=True)
-        check_tensor("noise.positions", noise.positions, (count,), torch.int64, device, contiguous=True)
+        if noise.positions is not None:
+            check_tensor("noise.positions", noise.positions, (count,), torch.int64, device, contiguous=True)
+        if placed != (noise.positions is None):
+            raise ValueError(f"noise.positions is {noise.positions}, expected None iff rows is a Placement")
         check_tensor("noise.temperature", noise.temperature, (), torch.float32, device)
     return Launch(
         head_kernel,
@@ -310,23 +364,26 @@ def plan(
             eps,
             weight,
             weight.stride(0),
-            rows,
+            some,
             out,
             out.stride(0),
             statistics.peak,
             statistics.total,
             statistics.best,
             statistics.token,
-            rows if noise is None else noise.seed,
-            rows if noise is None else noise.positions,
+            some if noise is None else noise.seed,
+            scalars[1] if noise is None or noise.positions is None else noise.positions,
             out if noise is None else noise.temperature,
+            *scalars,
             count,
             vocab_size,
             padded,
+            out.shape[0],
             width,
         ),
         {
             "NOISY": noise is not None,
+            "WHERE": (PLACED if placed else LISTED).value,
             "NORM_LOG2": tile_log2(width),
             "BLOCK_LOG2": (config.block_n - 1).bit_length(),
             **product_options(head_kernel, config, width),
@@ -340,7 +397,7 @@ def run(
     norm: Tensor,
     eps: float,
     weight: Tensor,
-    rows: Tensor,
+    rows: Tensor | Placement,
     vocab_size: int,
     out: Tensor,
     statistics: TileStatistics,

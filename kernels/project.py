@@ -15,6 +15,7 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
+    EVERY,
     WINDOW,
     Launch,
     Workspace,
@@ -99,7 +100,7 @@ def project_kernel(
     product(
         (x_ptr, stride_x, x_ptr), (w_ptr, stride_w, n, n < N), (x_ptr, x_ptr, 0.0),
         (partials_ptr, counters_ptr), epilogue, (HAS_BIAS,), length, K, _store,
-        False, -1, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+        EVERY, -1, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 
 

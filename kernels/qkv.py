@@ -19,6 +19,7 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
+    EVERY,
     WINDOW,
     Launch,
     Workspace,
@@ -92,7 +93,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length", "eps"])
+@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["start_ptr"])
 def qkv_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -141,7 +142,7 @@ def qkv_kernel(
         (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
         (bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache), (HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM),
         length, K, _store,
-        False, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
+        EVERY, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
 
 

@@ -27,8 +27,9 @@ from pyramid_rt.kernels.common import (
     tiles,
 )
 from pyramid_rt.kernels.configs import ProjectionConfig, architecture, projection_config
+from pyramid_rt.kernels.head import Noise, Placement, TileStatistics
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.llama import SLACK_ROWS
+from pyramid_rt.models.llama import SLACK_ROWS, KVCache, Llama, run_layers
 
 _MOST_GROUP = 8
 
@@ -98,7 +99,7 @@ class Buffers:
     attended: Tensor
     inner: Tensor
     logits: Tensor
-    statistics: head.TileStatistics
+    statistics: TileStatistics
     products: Workspace
     splits: attention.Workspace
 
@@ -125,7 +126,7 @@ class Buffers:
             attended=new(WINDOW, queries),
             inner=new(WINDOW, config.intermediate_size),
             logits=new(WINDOW, padded_vocabulary(config.vocab_size), kind=torch.float32),
-            statistics=head.TileStatistics.allocate(tiles(config.vocab_size, configs.head.block_n), device),
+            statistics=TileStatistics.allocate(tiles(config.vocab_size, configs.head.block_n), device),
             products=Workspace.allocate(
                 max(partial_elements(rows, cut.block_n, cut.splits) for rows, cut in cuts),
                 max(counter_elements(rows, cut.block_n, cut.splits) for rows, cut in cuts),
@@ -199,6 +200,11 @@ class TritonBackend:
         b = self.buffers
         self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares))
         return b.stream
+
+    def embed_placed(self, table: Tensor, tokens: Tensor, window: TritonWindow) -> None:
+        """`embed` of the window's part of the token buffer [max_seq + 64]."""
+        b = self.buffers
+        self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares, window.start))
 
     def qkv(
         self,
@@ -279,6 +285,74 @@ class TritonBackend:
             )
         )
         return b.logits[: rows.shape[0], :vocab]
+
+    def head_placed(
+        self, placement: Placement, norm: Tensor, eps: float, weight: Tensor, out: HeadOutputs
+    ) -> None:
+        """`head` of rows that the device places, with the statistics that sampling needs."""
+        b, cut = self.buffers, self.configs.head
+        launch = head.plan(
+            b.stream, b.squares, norm, eps, weight, placement, out.vocab_size, out.rows, out.statistics,
+            out.noise, cut,
+        )  # fmt: skip
+        self.emit(launch)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutputs:
+    """Where a recorded pass puts what its LM head computes; M rows, of which the placement says which.
+
+    Attributes:
+        vocab_size: entries that count; later ones of a row are -inf.
+        rows: [M, P] float32, raw logits. statistics: [M, tiles of 64], as the head kernel leaves them.
+        noise: of the own tokens, its positions None.
+    """
+
+    vocab_size: int
+    rows: Tensor
+    statistics: TileStatistics
+    noise: Noise
+
+
+def plan_pass(
+    model: Llama,
+    cache: KVCache,
+    tokens: Tensor,
+    start: Tensor,
+    *,
+    width: int,
+    kv_bound: int,
+    placement: Placement,
+    outputs: HeadOutputs,
+) -> list[Launch]:
+    """The launches of a pass over tokens[start : start + width] of the token buffer, none of them run.
+
+    Everything that may change between two runs is read on the device, so the list can be run again and again,
+    and be captured. A window of more than 64 rows (a prompt's last chunk) is cut into parts whose beginnings are
+    fixed now; its placement's `start` is then that of the last part, which the caller need not know.
+
+    Args:
+        model: of the `triton` backend. cache: of the same shape and dtype.
+        tokens: int64 [max_seq + 64].
+        start: 0-d int64.
+        width, kv_bound: as T and kv_bound of `llama.forward`.
+        placement: which rows get logits, and where they go; its `start` is `start`.
+        outputs: the buffers.
+    """
+    backend = model.backend
+    assert isinstance(backend, TritonBackend)
+    launches: list[Launch] = []
+    recorder = backend.recorded(launches)
+    group = model.config.num_heads // model.config.num_kv_heads
+    last = (width - 1) // WINDOW * WINDOW
+    for begin in range(0, width, WINDOW):
+        begins = start + begin if begin else start
+        window = recorder.window(model.rotary, begins, min(WINDOW, width - begin), kv_bound, group)
+        recorder.embed_placed(model.embedding, tokens, window)
+        run_layers(model, cache, recorder, backend.buffers.stream, window, begin < last)
+    placed = replace(placement, start=start + last) if last else placement
+    recorder.head_placed(placed, model.norm, model.config.rms_norm_eps, model.head, outputs)
+    return launches
 
 
 def check_shape(config: LlamaConfig) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pyramid_rt.engine import Engine
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.readback import Snapshot
 from pyramid_rt.result import TokenLogprobs
-from pyramid_rt.engine import Engine
 from pyramid_rt.state import COUNTERS, NO_POSITION
 from pyramid_rt.stats import ForwardClock
 from pyramid_rt.tiers import shared_prefix

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import torch
 
+from pyramid_rt.engine import Engine
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
 from pyramid_rt.generation import Generation
 from pyramid_rt.graphs import CudaRecorder, Recorder
@@ -18,7 +19,6 @@ from pyramid_rt.memory import MemoryPlan
 from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
-from pyramid_rt.engine import Engine
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise

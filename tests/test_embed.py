@@ -31,6 +31,15 @@ def test_strided_rows_and_a_longer_token_buffer() -> None:
     assert torch.equal(out[:5], table[3:8])
 
 
+def test_a_window_begins_where_the_device_says() -> None:
+    table, out = random(9, 80, dtype=torch.float32), poisoned(64, 80, dtype=torch.float32)
+    tokens = (torch.arange(100, device=DEVICE) * 5) % 9
+    start = torch.tensor(61, device=DEVICE)
+    embed.run(table, tokens, 17, out, zeros(2, 64), start)
+    assert torch.equal(out[:17], table[tokens[61:78]])
+    assert_untouched(out[17:])
+
+
 @pytest.mark.parametrize(
     ("argument", "change"),
     [
@@ -43,6 +52,7 @@ def test_strided_rows_and_a_longer_token_buffer() -> None:
         ("out", {"out": zeros(64, 65)}),
         ("out", {"out": zeros(64, 64, dtype=torch.float16)}),
         ("sumsq", {"sumsq": zeros(2, 64)}),
+        ("start", {"start": torch.zeros(1, dtype=torch.int64, device=DEVICE)}),
     ],
 )
 def test_refuses(argument: str, change: dict[str, object]) -> None:

@@ -99,6 +99,53 @@ def test_matches_reference(
     check_statistics(found, out[:count], scores, config.block_n)
 
 
+@pytest.mark.parametrize(
+    ("count", "start", "decided", "first"), [(1, 70, 71, 71), (5, 64, 70, 68), (40, 9, 30, 28)]
+)
+def test_placed_rows_are_the_listed_ones_somewhere_else(
+    count: int, start: int, decided: int, first: int
+) -> None:
+    width, vocab, padded = 40, 101, 104
+    x, norm = random(64, width, dtype=torch.float32), random(width, dtype=torch.float32, seed=1)
+    weight = random(padded, width, dtype=torch.float32, seed=2)
+    # Past the window the last row stands in, as for a proposal that is shorter than its buffer.
+    rows = (torch.arange(count, device=DEVICE) + decided - 1 - start).clamp(max=63)
+    positions = torch.arange(count, device=DEVICE) + decided
+    expected, listed = poisoned(64, padded, dtype=torch.float32), statistics(2)
+    sums = sums_of_squares(x, 64)
+    head.run(x, sums, norm, EPS, weight, rows, vocab, expected, listed, noise(positions, 0.9), CONFIG)
+
+    capacity = 38
+    out, found = poisoned(capacity, padded, dtype=torch.float32), statistics(2)
+    found = head.TileStatistics(
+        *(getattr(found, name)[:capacity].clone() for name in ("peak", "total", "best", "token"))
+    )
+    scalars = (torch.tensor(value, device=DEVICE) for value in (start, decided, first))
+    place = head.Placement(*scalars, count=count)
+    drawn = head.Noise(seed_words(), None, torch.tensor(0.9, device=DEVICE))
+    head.run(x, sums, norm, EPS, weight, place, vocab, out, found, drawn, CONFIG)
+    begin = decided - first
+    kept = min(count, capacity - begin)
+    assert torch.equal(out[begin : begin + kept], expected[:kept])
+    assert_untouched(out[:begin])
+    assert_untouched(out[begin + kept :])
+    for name in ("peak", "total", "best", "token"):
+        ours, theirs = getattr(found, name), getattr(listed, name)
+        assert torch.equal(ours[begin : begin + kept], theirs[:kept])
+        rest = torch.cat((ours[:begin], ours[begin + kept :]))
+        assert bool((rest == -7).all() if name == "token" else rest.isnan().all())
+
+
+def test_rows_that_belong_before_the_first_are_dropped() -> None:
+    x, weight = random(64, 64, dtype=torch.float32), random(64, 64, dtype=torch.float32)
+    out, found = poisoned(64, 64, dtype=torch.float32), statistics(1)
+    scalars = (torch.tensor(value, device=DEVICE) for value in (0, 5, 8))
+    place = head.Placement(*scalars, count=2)
+    head.run(x, sums_of_squares(x, 64), weight[0], EPS, weight, place, 64, out, found, None, CONFIG)
+    assert_untouched(out)
+    assert_untouched(found.peak)
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     weight = torch.ones(64, 64, device=DEVICE)
     found, out = statistics(1), poisoned(64, 64, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pyramid_rt
 from pyramid_rt.errors import UnsupportedModelError
 from pyramid_rt.kernels.common import Launch
+from pyramid_rt.kernels.head import Noise, Placement, TileStatistics
 from pyramid_rt.models.backend import workspace_bytes
 from pyramid_rt.models.llama import KVCache, Llama, forward
-from pyramid_rt.models.triton_backend import TritonBackend
+from pyramid_rt.models.triton_backend import HeadOutputs, TritonBackend, plan_pass
 
 CPU = torch.device("cpu")
 MAX_SEQ = 128
@@ -188,6 +190,50 @@ def test_shapes_the_kernels_do_not_take_are_refused(
     config = replace(model.config, **changes)
     with pytest.raises(UnsupportedModelError, match=message):
         TritonBackend.allocate(config, max_seq=8, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(("begin", "width", "decided", "count"), [(5, 4, 7, 3), (0, 70, 70, 1)])
+def test_a_recorded_pass_can_be_run_again_elsewhere(
+    directories: dict[str, Path], begin: int, width: int, decided: int, count: int
+) -> None:
+    """The same launches, after the scalars on the device have moved on."""
+    model, cache = load(directories["gqa3"], max_seq=MAX_SEQ, backend="triton")
+    vocab = model.config.vocab_size
+    padded = -(-vocab // 4) * 4
+    tokens = tokens_for(model, MAX_SEQ)
+    expected = run_windows(
+        model, KVCache.allocate(model.config, MAX_SEQ, torch.float32, CPU), tokens[:80], [64, 16]
+    )
+    run_windows(model, cache, tokens[:5], [5])
+    start, first_decided, first = (torch.tensor(value) for value in (begin, decided, decided - 1))
+    outputs = HeadOutputs(
+        vocab,
+        torch.full((6, padded), torch.nan),
+        TileStatistics(
+            *(torch.zeros(6, -(-padded // 64), dtype=kind) for kind in (*[torch.float32] * 3, torch.int32))
+        ),
+        Noise(torch.tensor([1, 2]), None, torch.tensor(0.0)),
+    )
+    placement = Placement(start, first_decided, first, count)
+    with ViewsOnly() if width <= 64 else nullcontext():
+        launches = plan_pass(
+            model, cache, tokens, start, width=width, kv_bound=MAX_SEQ, placement=placement, outputs=outputs
+        )
+    for launch in launches:
+        launch.run()
+    assert_same(outputs.rows[1 : 1 + count, :vocab], expected[decided - 1 : decided - 1 + count])
+    best = expected[decided - 1 : decided - 1 + count].argmax(-1)
+    assert outputs.statistics.best[1 : 1 + count].argmax(-1).tolist() == (best // 64).tolist()
+    assert bool(outputs.rows[0].isnan().all())
+    if width > 64:
+        assert len(launches) == 5 * model.config.num_layers - 3 + 5 * model.config.num_layers + 2
+        return
+    assert len(launches) == 5 * model.config.num_layers + 2
+    start.add_(4)
+    first_decided.add_(4)
+    for launch in launches:
+        launch.run()
+    assert_same(outputs.rows[5:6, :vocab], expected[decided + 3 : decided + 4])
 
 
 # A pyramid small enough to be interpreted from prompt to text.
