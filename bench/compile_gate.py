@@ -23,6 +23,7 @@ MIN_IN_FLIGHT = 32 * 1024
 _LABEL = re.compile(r"^(\.L\w+):")
 _BRANCH = re.compile(r"\bBRA\b.*?`\((\.L\w+)\)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)")
+_EXIT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+EXIT\b")
 _LOADS = ("LDG", "LDGSTS")
 _ARRIVALS = ("ATOMG", "ATOM", "RED", "REDG")
 
@@ -93,17 +94,26 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 def loops(text: str) -> list[tuple[int, int]]:
-    """Line ranges (label, branch back to it) of the loops in `nvdisasm -c`; a branch to itself is none."""
+    """Line ranges (label, branch back to it) of the loops in `nvdisasm -c`.
+
+    A branch to itself is none, nor is one back over an unconditional EXIT: that leaves a block which the
+    assembler put out of the way, the rare part of a wait.
+    """
     labels: dict[str, int] = {}
     found: dict[int, int] = {}
+    exit_at = -1
     for number, line in enumerate(text.splitlines()):
         label = _LABEL.match(line.strip())
         if label:
             labels[label[1]] = number
             continue
+        if _EXIT.search(line):
+            exit_at = number
         branch = _BRANCH.search(line)
-        if branch and branch[1] in labels and number - labels[branch[1]] > 1:
-            found[labels[branch[1]]] = number
+        if branch and branch[1] in labels:
+            target = labels[branch[1]]
+            if number - target > 1 and target > exit_at:
+                found[target] = number
     return sorted(found.items())
 
 

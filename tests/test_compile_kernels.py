@@ -89,6 +89,10 @@ def test_instructions_widths_and_loops() -> None:
     assert loads == [4, 16, 16, 8, 2]
     assert len(gate.loops(SASS)) == 1, "a forward branch and a branch to itself are no loops"
     assert gate.loop_loads(SASS) == [(32, 42, True)]
+    outside = SASS.replace("`(.L_x_2)", "`(.L_x_0)")
+    assert len(gate.loops(outside)) == 1, "back from behind the EXIT is a return, no loop"
+    assert len(gate.loops(outside.replace("EXIT", "NOP"))) == 1
+    assert gate.loops(outside.replace("EXIT", "NOP"))[0][1] > gate.loops(SASS)[0][1]
 
 
 def test_barrier_before_the_arrival() -> None:
