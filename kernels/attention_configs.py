@@ -83,9 +83,8 @@ def config_for(dtype: torch.dtype, head_dim: int, capability: int) -> AttentionC
     if head_dim <= 64:
         return AttentionConfig(block_n=64, num_warps=4, num_stages=4)
     if capability in (86, 89, 120):
-        # Two blocks of 64 rows of K and V would fill a 99 KB machine; four of 32 leave room for a second program,
-        # and the tree mask its registers.
-        return AttentionConfig(block_n=32, num_warps=8, num_stages=4)
+        # Two blocks of 64 rows of K and V would fill a 99 KB machine, and the tree mask of 64 columns its registers.
+        return AttentionConfig(block_n=32, num_warps=8, num_stages=3)
     # One warp group issues a whole 64-row instruction on Hopper; elsewhere the accumulator of 64 x 128 is
     # spread over eight warps, or it spills.
     return AttentionConfig(block_n=64, num_warps=4 if capability == 90 else 8, num_stages=3)
