@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import multiprocessing
 import os
 import subprocess
@@ -306,7 +307,7 @@ def _examine(binary: Any, log: str, launch: Launch, arch: int) -> Figures:
     """Machine code of a compiled kernel, and what ptxas said while Triton had it assembled."""
     if "bytes spill stores" not in log:
         raise RuntimeError(f"no log of ptxas for {launch.kernel}: a cache of Triton's served the kernel")
-    metadata, columns = binary.metadata, launch.grid[0] * launch.grid[1] * launch.grid[2]
+    metadata = binary.metadata
     stages = [launch.kwargs[key] for key in ("NARROW_STAGES", "WIDE_STAGES") if key in launch.kwargs]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -322,7 +323,7 @@ def _examine(binary: Any, log: str, launch: Launch, arch: int) -> Figures:
         shared=metadata.shared,
         num_warps=metadata.num_warps,
         stages=tuple(stages) or (metadata.num_stages,),
-        programs=columns,
+        programs=math.prod(launch.grid),
     )
 
 
@@ -336,21 +337,25 @@ def compile_job(job: Job) -> list[Compiled]:
     knobs.nvidia.dump_ptxas_log = True
     dtype = getattr(torch, job.dtype)
     result: list[Compiled] = []
-    seen: dict[str, Figures] = {}
+    logs: dict[str, str] = {}
+    # The grid is part of what is looked at: it decides how many programs an SM gets.
+    seen: dict[tuple[str, tuple[int, int, int]], Figures] = {}
     for shape in job.shapes:
         lengths = [list(OPS[job.op](shape, dtype, job.arch, length)) for length in LENGTHS]
         for index, variant in enumerate(lengths[0]):
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
                 binaries = [variants[index].launch.warmup() for variants in lengths]
-            name = binaries[0].hash
-            if name not in seen:
-                seen[name] = _examine(binaries[0], log.getvalue(), variant.launch, job.arch)
-            wrong = gate(seen[name], variant.needs, job.arch)
+            name, launch = binaries[0].hash, variant.launch
+            logs.setdefault(name, log.getvalue())
+            if (name, launch.grid) not in seen:
+                seen[name, launch.grid] = _examine(binaries[0], logs[name], launch, job.arch)
+            found = seen[name, launch.grid]
+            wrong = gate(found, variant.needs, job.arch)
             if len({binary.hash for binary in binaries}) != 1:
                 wrong.append(f"T in {LENGTHS} does not share one binary")
             kernel = Kernel(job.op, job.dtype, variant.name, shape.name)
-            result.append(Compiled(kernel, name, seen[name], variant.needs, wrong))
+            result.append(Compiled(kernel, name, found, variant.needs, wrong))
     return result
 
 

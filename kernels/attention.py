@@ -135,7 +135,9 @@ def attention_kernel(
     # Padding rows see nothing.
     last = tl.where(real, tl.minimum(start + window_row, kv_end - 1), -1)
     if TREE:
+        # As two words: testing a bit of 64 for every score would take twice the registers.
         ancestors = tl.load(ancestors_ptr + window_row, mask=real, other=0)
+        low, high = ancestors.to(tl.int32), (ancestors >> 32).to(tl.int32)
 
     # 64-bit to the split, 32-bit within it: the launcher bounds a split's extent.
     origin = kv_head * cache_stride_h + begin.to(tl.int64) * cache_stride_s
@@ -160,7 +162,8 @@ def attention_kernel(
         position = begin + offsets
         if TREE:
             node = position - start
-            bit = (ancestors[:, None] >> tl.maximum(node, 0).to(tl.int64)[None, :]) & 1
+            word = tl.where((node < 32)[None, :], low[:, None], high[:, None])
+            bit = (word >> (node & 31)[None, :]) & 1
             seen = ((node < 0)[None, :] | (bit != 0)) & (position[None, :] < kv_end) & real[:, None]
         else:
             seen = position[None, :] <= last[:, None]

@@ -77,13 +77,14 @@ def config_for(dtype: torch.dtype, head_dim: int, capability: int) -> AttentionC
     tuned = TUNED.get((capability, head_dim, dtype))
     if tuned is not None:
         return tuned
-    hopper = capability == 90
     if dtype == torch.float32:
         # Products of float32 run on the plain cores and hold their operands in registers: many warps, few rows.
         return AttentionConfig(block_n=16, num_warps=8 if head_dim <= 64 else 16, num_stages=2, fold_rows=8)
     if head_dim <= 64:
         return AttentionConfig(block_n=64, num_warps=4, num_stages=4)
+    if capability in (86, 89, 120):
+        # Two blocks of 64 rows of K and V would fill a 99 KB machine, and the tree mask of 64 columns its registers.
+        return AttentionConfig(block_n=32, num_warps=8, num_stages=3)
     # One warp group issues a whole 64-row instruction on Hopper; elsewhere the accumulator of 64 x 128 is
-    # spread over eight warps, or it spills. A block of K and V takes 32 KB: a 99 KB machine holds two.
-    narrow = capability in (86, 89, 120)
-    return AttentionConfig(block_n=64, num_warps=4 if hopper else 8, num_stages=2 if narrow else 3)
+    # spread over eight warps, or it spills.
+    return AttentionConfig(block_n=64, num_warps=4 if capability == 90 else 8, num_stages=3)

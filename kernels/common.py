@@ -423,7 +423,8 @@ def _columns(
 ) -> None:
     """One tile of weight rows against SUBS sub-tiles of columns."""
     partials_ptr, counters_ptr = space
-    first = tl.program_id(0) * 16
+    # One program holds all four sub-tiles: known to be the first columns, their places cost no registers.
+    first = tl.program_id(0) * 16 if SUBS == 1 else 0
     tile = tl.program_id(1)
     split = tl.program_id(2)
     accs = tile_product(

@@ -89,6 +89,10 @@ def test_instructions_widths_and_loops() -> None:
     assert loads == [4, 16, 16, 8, 2]
     assert len(gate.loops(SASS)) == 1, "a forward branch and a branch to itself are no loops"
     assert gate.loop_loads(SASS) == [(32, 42, True)]
+    outside = SASS.replace("`(.L_x_2)", "`(.L_x_0)")
+    assert len(gate.loops(outside)) == 1, "back from behind the EXIT is a return, no loop"
+    assert len(gate.loops(outside.replace("EXIT", "NOP"))) == 1
+    assert gate.loops(outside.replace("EXIT", "NOP"))[0][1] > gate.loops(SASS)[0][1]
 
 
 def test_barrier_before_the_arrival() -> None:
@@ -249,10 +253,10 @@ def test_every_op_is_planned_for_every_shape_dtype_and_length(
 
 def test_the_committed_manifest_has_only_known_kernels_that_pass() -> None:
     kept = manifest.load()
-    assert {"3.6.0", "3.9.0"} <= kept.keys()
+    assert {"sm_89", "sm_90"} <= kept["3.9.0"].keys()
     for architectures in kept.values():
-        assert set(architectures) == set(compile_kernels.ARCHITECTURES)
         for arch, kernels in architectures.items():
-            assert {kernel.op for kernel in kernels} == set(compile_kernels.OPS)
+            assert arch in compile_kernels.ARCHITECTURES
             for kernel, stored in kernels.items():
+                assert kernel.op in compile_kernels.OPS
                 assert gate.gate(stored, gate.Needs(), int(arch[3:])) == [], kernel
