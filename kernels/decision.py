@@ -98,11 +98,12 @@ def decide_kernel(
     step = tl.program_id(1)
     proposal = tl.load(control_ptr + 2 + N + LEVEL - 1)
     outer = tl.load(control_ptr + 2 + 2 * N - 1)
-    count = tl.load(control_ptr) - proposal
+    # An inactive verify has no rows, not even the one after its proposal.
     live = tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0
+    count = tl.where(live, tl.load(control_ptr) - proposal, -1)
     row = proposal - outer + step
     place = LEVEL * row_count + row
-    compared = live & (step < count)
+    compared = step < count
     if FUZZY:
         bound = 0.0
         if compared:
@@ -113,7 +114,7 @@ def decide_kernel(
             )  # fmt: skip
     row_done = arrive(arrivals_ptr, step, CHUNKS)
     if row_done:
-        if live & (step <= count):
+        if step <= count:
             if not STORED:
                 offset = place * tile_count
                 tl.store(own_ptr + place, row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES))
@@ -131,9 +132,9 @@ def decide_kernel(
         if all_done:
             steps = tl.arange(0, ROWS)
             here = LEVEL * row_count + proposal - outer + steps
-            proposed = tl.load(tokens_ptr + proposal + steps, mask=live & (steps < count), other=0)
-            own = tl.load(own_ptr + here, mask=live & (steps <= count), other=0, cache_modifier=".cg")
-            flaws = tl.load(flawed_ptr + here, mask=live & (steps <= count), other=0, cache_modifier=".cg")
+            proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
+            own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+            flaws = tl.load(flawed_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
             stands = proposed == own
             inherited = steps < 0
             if FUZZY:
@@ -284,22 +285,23 @@ def reject_kernel(
     share = tl.program_id(0)
     proposal = tl.load(control_ptr + 2 + N + LEVEL - 1)
     outer = tl.load(control_ptr + 2 + 2 * N - 1)
-    count = tl.load(control_ptr) - proposal
+    # An inactive verify has no rows, not even the one after its proposal.
     live = tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0
+    count = tl.where(live, tl.load(control_ptr) - proposal, -1)
     temperature = tl.load(temperature_ptr)
     steps = tl.arange(0, ROWS)
     row = proposal - outer + steps
-    valid = live & (steps < count)
+    valid = steps < count
     proposed = tl.load(tokens_ptr + proposal + steps, mask=valid, other=0)
     p_place = LEVEL * row_count + row
-    own = tl.load(own_ptr + p_place, mask=live & (steps <= count), other=0)
+    own = tl.load(own_ptr + p_place, mask=steps <= count, other=0)
     p_log = log_at(rows_ptr, normaliser_ptr, cut_ptr, own_ptr, p_place, proposed, padded, temperature, valid)
     q_place = tl.load(source_ptr + row, mask=valid, other=0).to(tl.int64) * row_count + row
     q_log = log_at(rows_ptr, normaliser_ptr, cut_ptr, own_ptr, q_place, proposed, padded, temperature, valid)
     words = chosen_words(seed_ptr, steps * 0, proposal + steps, 1 | (LEVEL - 1) << 8)
     stands = uniform(words) * tl.exp(q_log) < tl.exp(p_log)
     accepted = prefix_length(stands, steps, count)
-    if live & (accepted < count):
+    if accepted < count:
         scan_share(
             seed_ptr, rows_ptr, own_ptr, normaliser_ptr, cut_ptr, winners_ptr, winning_ptr, share,
             tl.sum(tl.where(steps == accepted, p_place, 0), 0), tl.sum(tl.where(steps == accepted, q_place, 0), 0),
@@ -307,7 +309,7 @@ def reject_kernel(
         )  # fmt: skip
     all_done = arrive(arrivals_ptr, 0, SHARES)
     if all_done:
-        flaws = tl.load(flawed_ptr + p_place, mask=live & (steps <= count), other=0)
+        flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
         residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
         commit(
             control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own, stands,

@@ -9,8 +9,8 @@ import torch
 
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.recursion import Recursion
 from pyramid_rt.result import TokenLogprobs
+from pyramid_rt.rounds import rounds_for
 from pyramid_rt.state import NO_POSITION, Plan, State
 from pyramid_rt.stats import ForwardClock
 from pyramid_rt.tiers import Tier
@@ -54,7 +54,7 @@ class Generation:
         self._end = len(self._prompt)
         self._lower_ready = plan.tiers == 1
         self.clock = ForwardClock(plan.tiers, state.tokens.device)
-        self._recursion = Recursion(tiers, plan, state, vocab_size, self.clock)
+        self._rounds = rounds_for(tiers, plan, state, vocab_size, self.clock)
         self._limit = min(self._end + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0
         self.stopped = False
@@ -69,7 +69,7 @@ class Generation:
         window = self._state.tokens[begin : self._end]
         row = torch.full((1,), self._end - 1 - begin, device=window.device)
         start = torch.full((), begin, device=window.device)
-        self._recursion.first_token(row, self._end, window, start)
+        self._rounds.first_token(row, self._end, window, start)
         self.clock.restart()
         return self._read(1)
 
@@ -81,7 +81,7 @@ class Generation:
                 self._prefill(level, len(self._prompt))
                 self._state.cached[level].fill_(len(self._prompt))
             self._lower_ready = True
-        self._recursion.outer_round(self._end)
+        self._rounds.outer_round(self._end)
         return self._read(self._plan.longest_commit)
 
     def counters(self) -> list[list[int]]:

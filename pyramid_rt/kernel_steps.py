@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyramid_rt.kernels import decision, sample, thresholds
-from pyramid_rt.kernels.board import END, Board, base_at
+from pyramid_rt.kernels.board import END, Board, base_at, cached_at
 from pyramid_rt.recursion import Clock, Recursion, horizon
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan, State
@@ -100,7 +100,7 @@ class KernelSteps:
 
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on."""
-        start = self.board.word(2 + level)
+        start = self.board.word(cached_at(level))
         request = self.request(level, start, decided, width, count, self.kv_bound)
         self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
 
