@@ -24,23 +24,25 @@ from pyramid_rt.kernels import divergence
 from pyramid_rt.kernels.board import BLOCK, CHUNK, SCAN, TILE, Board
 from pyramid_rt.kernels.commit import commit, prefix_length
 from pyramid_rt.kernels.common import Launch, arrive, tiles
-from pyramid_rt.kernels.divergence import bucketed_divergence, finished, likely_bound, listed_logs, share_of_divergence
+from pyramid_rt.kernels.divergence import bucketed_divergence, finished, listed_logs, share_of_divergence
 from pyramid_rt.kernels.head import gumbel
 from pyramid_rt.kernels.noise import chosen_words, consecutive_words, uniform
 from pyramid_rt.kernels.rows import (
     divisor,
     join_lists,
+    near_bound,
     processed_log,
     row_normaliser,
     row_winner,
+    slack,
     tile_gaps,
 )
 from pyramid_rt.kernels.sampling_reference import DIVERGENCE_TOP_K, DIVERGENCES
-from pyramid_rt.kernels.thresholds import power_of_two
+from pyramid_rt.kernels.thresholds import SEARCH, power_of_two
 
 RuleName = Literal["match", "rejection", "fuzzy", "fuzzy_or_match"]
 RULES: tuple[RuleName, ...] = ("match", "rejection", "fuzzy", "fuzzy_or_match")
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
 # Lengths are part of a graph; thresholds, temperature and filter values stay device scalars.
@@ -89,6 +91,7 @@ def decide_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
+    SEARCH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,7 +128,7 @@ def decide_kernel(
                 total = row_divergence(
                     temperature_ptr, rows_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, partials_ptr,
                     amounts_ptr, picked_ptr, found_ptr, values_ptr, step, place, bound, row_count, padded,
-                    tile_count, KIND, TOP, PROCESSED, COUNT, CHUNKS, CHUNK, SLOTS, BLOCK, TILES,
+                    tile_count, KIND, TOP, PROCESSED, COUNT, CHUNKS, CHUNK, SLOTS, SEARCH, BLOCK, TILES,
                 )  # fmt: skip
                 tl.store(distance_ptr + step, finished(total, KIND))
         all_done = arrive(arrivals_ptr, COUNT, COUNT)
@@ -194,7 +197,7 @@ def compare_share(
         if PROCESSED:
             divide = divisor(temperature)
         top, gaps = tile_gaps(peak_ptr, place * tile_count, tile_count, divide, TILES)
-        bound = top - p_norm - likely_bound(top, gaps, TOP, TILES)
+        bound = top - p_norm - near_bound(gaps, TOP) - 2.0 * slack(top)
         if PROCESSED:
             # One-hot: the own token's log-probability is 0, and nothing else is listed.
             bound = tl.where(temperature > 0.0, bound, -1.0)
@@ -217,7 +220,7 @@ def row_divergence(
     picked_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor, step: tl.tensor, place: tl.tensor,
     bound: tl.tensor, row_count: tl.tensor, padded: tl.tensor, tile_count: tl.tensor, KIND: tl.constexpr,
     TOP: tl.constexpr, PROCESSED: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    SLOTS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The sum of a row's terms, from the parts of all its shares in their order."""
     share = tl.arange(0, SLOTS)
@@ -237,7 +240,7 @@ def row_divergence(
         )
         list_at = step.to(tl.int64) * (CHUNKS * CHUNK)
         length = join_lists(
-            amounts_ptr + step * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK, SLOTS, BLOCK
+            amounts_ptr + step * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK, SLOTS, SEARCH
         )
         listed_logs(
             rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, temperature, p_norm, p_cut,
@@ -245,7 +248,7 @@ def row_divergence(
         )  # fmt: skip
         total = bucketed_divergence(
             rows_ptr + below * padded, found_ptr + list_at, values_ptr + list_at, length, total, tl.sum(rests, 0),
-            bound, bound * 0.0 + 1.0, temperature, q_norm, q_cut, q_own, KIND, TOP, PROCESSED, BLOCK,
+            bound, bound * 0.0 + 1.0, temperature, q_norm, q_cut, q_own, KIND, TOP, PROCESSED, SEARCH, SEARCH,
         )  # fmt: skip
     return total
 
@@ -434,8 +437,8 @@ def plan(
             "OR_MATCH": rule == "fuzzy_or_match", "KIND": divergence.KINDS.index(kind.removeprefix("topk_")),
             "TOP": DIVERGENCE_TOP_K if top else 0, "PROCESSED": processed, "STORED": stored,
             "UNTIL": until is not None, "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
-            "BLOCK": min(BLOCK, power_of_two(max(b.vocab_size, TILE))), "TILES": power_of_two(tile_count),
-            "ROWS": power_of_two(count), **OPTIONS,
+            "BLOCK": min(BLOCK, power_of_two(max(b.vocab_size, TILE))), "SEARCH": SEARCH,
+            "TILES": power_of_two(tile_count), "ROWS": power_of_two(count), **OPTIONS,
         },
     )  # fmt: skip
 
@@ -464,6 +467,6 @@ def _reject(board: Board, level: int, count: int, until: int | None) -> Launch:
         ),
         {
             "N": b.tiers_count, "LEVEL": level, "UNTIL": until is not None, "SHARES": shares, "SCAN": SCAN,
-            "SLOTS": power_of_two(shares), "ROWS": power_of_two(count), **OPTIONS,
+            "SLOTS": power_of_two(shares), "ROWS": power_of_two(count), **OPTIONS, "num_warps": 4,
         },
     )  # fmt: skip

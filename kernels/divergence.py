@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pyramid_rt.kernels.rows import count_above, kth_largest, order_key, processed_log, scaled_logits
+from pyramid_rt.kernels.rows import least_key, listed_from, order_key, processed_log
 
 KINDS = ("js", "js_fsd", "kl", "kl_reversed", "tv")
 
@@ -24,11 +24,12 @@ def terms(p_log: tl.tensor, q_log: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     p, q = tl.exp(p_log), tl.exp(q_log)
     no_p, no_q = p_log == float("-inf"), q_log == float("-inf")
     # Neither has the entry: the difference of two infinities must not appear.
-    d = tl.where(no_p & no_q, 0.0, q_log - p_log)
+    d = tl.where(no_p, 0.0, q_log) - tl.where(no_q, 0.0, p_log)
+    d = tl.where(no_p == no_q, tl.where(no_p, 0.0, d), tl.where(no_p, float("inf"), float("-inf")))
     if KIND == 4:
         return tl.abs(p - q)
     if KIND == 2:
-        return tl.where(no_q, 0.0, tl.where(no_p, float("inf"), q * d))
+        return tl.where(no_q, 0.0, tl.where(no_p, float("inf"), q * tl.where(no_p, 1.0, d)))
     if KIND == 3:
         return tl.where(no_p, 0.0, tl.where(no_q, float("inf"), -(p * d)))
     half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
@@ -72,7 +73,7 @@ def share_of_divergence(
     first_sum = tl.zeros((BLOCK,), tl.float32)
     second_sum = tl.zeros((BLOCK,), tl.float32)
     amount = chunk * 0
-    for first in tl.range(0, CHUNK, BLOCK):
+    for first in tl.range(0, tl.minimum(vocab - chunk * CHUNK, CHUNK), BLOCK):
         index = chunk * CHUNK + first + tl.arange(0, BLOCK)
         inside = index < vocab
         p_x = tl.load(p_row_ptr + index, mask=inside, other=float("-inf"))
@@ -112,7 +113,7 @@ def bucketed_divergence(
     q_row_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor, length: tl.tensor, p_tail: tl.tensor,
     q_tail: tl.tensor, bound: tl.tensor, most: tl.tensor, temperature: tl.tensor, q_normaliser: tl.tensor,
     q_cut: tl.tensor, q_own: tl.tensor, KIND: tl.constexpr, TOP: tl.constexpr, PROCESSED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Sum of the terms of the TOP most likely listed entries and of one bucket for all the rest.
 
@@ -121,9 +122,10 @@ def bucketed_divergence(
     """
     border = order_key(bound) - 1
     if length > TOP:
-        border = kth_largest(values_ptr, length, bound, most, TOP, BLOCK)
+        border = least_key(values_ptr, length, bound, most, most, TOP, False, SEARCH)
     # Of the entries at the border itself, so many are in.
-    room = TOP - count_above(values_ptr, length, border, BLOCK)
+    nearer, _ = listed_from(values_ptr, length, border + 1, most, SEARCH)
+    room = TOP - nearer.to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     p_rest = tl.zeros((BLOCK,), tl.float32)
     q_rest = tl.zeros((BLOCK,), tl.float32)
@@ -151,22 +153,3 @@ def bucketed_divergence(
 def log_of(weight: tl.tensor) -> tl.tensor:
     """log(weight), -inf at 0."""
     return tl.where(weight > 0.0, tl.log(tl.maximum(weight, 1.1754943508222875e-38)), float("-inf"))
-
-
-@triton.jit
-def likely_bound(
-    top: tl.tensor, gaps: tl.tensor, TOP: tl.constexpr, TILES: tl.constexpr
-) -> tl.tensor:
-    """A gap below the largest scaled logit within which at least TOP entries lie; inf where there are too few."""
-    near = top * 0.0
-    far = near + 64.0
-    enough = tl.sum((gaps <= far).to(tl.int32), 0) >= TOP
-    for _ in tl.range(0, 16):
-        middle = 0.5 * (near + far)
-        holds = tl.sum((gaps <= middle).to(tl.int32), 0) >= TOP
-        near = tl.where(holds, near, middle)
-        far = tl.where(holds, middle, far)
-    return tl.where(enough, far + 2e-3 + 2e-5 * tl.abs(top), float("inf"))
-
-
-__all__ = ["KINDS", "bucketed_divergence", "finished", "listed_logs", "scaled_logits", "share_of_divergence"]

@@ -97,39 +97,47 @@ def tile_gaps(
 
 
 @triton.jit
-def lower_bound(
-    top: tl.tensor, gaps: tl.tensor, wanted: tl.tensor, spare: tl.tensor, TILES: tl.constexpr
-) -> tl.tensor:
-    """A value at or below the `wanted`-th largest scaled logit, or, with wanted = 0, below the top-p threshold.
+def near_bound(gaps: tl.tensor, wanted: tl.tensor) -> tl.tensor:
+    """A gap within which at least `wanted` tiles have their largest logit, so as many entries lie; else inf.
 
-    At least as many entries as tiles with a peak above v lie above v; so the wanted-th largest peak is a bound.
-    The entries up to v of a tile of 64 weigh at most 64 min(exp(peak), exp(v)); while the sum of that over
-    the tiles is at most `spare` = 1 - top_p times the sum of the peaks' own weights, more than top_p of
-    all weight lies above v. The gap to the row's largest logit is bisected in [0, 64]; beyond, nothing is left out.
+    Gaps up to 64 are looked at, to a hundredth.
     """
-    weight = tl.exp(-gaps)
-    allowed = spare * tl.sum(weight, 0) * 0.999
-    near = top * 0.0
-    far = near + 64.0
-    bound = tl.where(_holds(gaps, weight, far, wanted, allowed), far, float("inf"))
-    for _ in tl.range(0, 16):
-        middle = 0.5 * (near + far)
-        holds = _holds(gaps, weight, middle, wanted, allowed)
-        near = tl.where(holds, near, middle)
-        far = tl.where(holds, middle, far)
-    # The gaps are rounded; so is the way back from a gap to a value.
-    slack = 1e-3 + 1e-5 * tl.abs(top)
-    return tl.where(bound < float("inf"), top - far - slack, float("-inf"))
+    near = tl.sum(gaps * 0.0, 0)
+    width = near + 64.0
+    part = (tl.arange(0, 4) + 1) * 0.25
+    enough = tl.sum((gaps <= 64.0).to(tl.int32), 0) >= wanted
+    for _ in tl.range(0, 7):
+        many = tl.sum((gaps[:, None] <= (near + width * part)[None, :]).to(tl.int32), 0)
+        near += width * 0.25 * tl.minimum(tl.sum((many < wanted).to(tl.int32), 0), 3)
+        width = width * 0.25
+    return tl.where(enough, near + width, float("inf"))
 
 
 @triton.jit
-def _holds(
-    gaps: tl.tensor, weight: tl.tensor, gap: tl.tensor, wanted: tl.tensor, allowed: tl.tensor
-) -> tl.tensor:
-    """Whether `top - gap` is such a bound."""
-    enough = tl.sum((gaps <= gap).to(tl.int32), 0) >= wanted
-    light = 64.0 * tl.sum(tl.minimum(weight, tl.exp(-gap)), 0) <= allowed
-    return tl.where(wanted > 0, enough, light)
+def light_bound(gaps: tl.tensor, spare: tl.tensor) -> tl.tensor:
+    """A gap beyond which a row surely has less than its share `spare` of the weight; inf if none within 64.
+
+    The entries beyond a gap, in a tile of 64, weigh at most 64 min(exp(peak), exp(-gap)). While that, summed
+    over the tiles, is at most `spare` times the weight of the peaks alone, more than the rest lies nearer.
+    """
+    weight = tl.exp(-gaps)
+    allowed = spare * tl.sum(weight, 0) * 0.999
+    near = allowed * 0.0
+    width = near + 64.0
+    part = (tl.arange(0, 4) + 1) * 0.25
+    enough = 64.0 * tl.sum(tl.minimum(weight, tl.exp(-width)), 0) <= allowed
+    for _ in tl.range(0, 7):
+        beyond = tl.exp(-(near + width * part))
+        heavy = 64.0 * tl.sum(tl.minimum(weight[:, None], beyond[None, :]), 0) > allowed
+        near += width * 0.25 * tl.minimum(tl.sum(heavy.to(tl.int32), 0), 3)
+        width = width * 0.25
+    return tl.where(enough, near + width, float("inf"))
+
+
+@triton.jit
+def slack(top: tl.tensor) -> tl.tensor:
+    """What rounding may add to a gap on the way there and back."""
+    return 1e-3 + 1e-5 * tl.abs(top)
 
 
 @triton.jit
@@ -159,54 +167,56 @@ def join_lists(
 
 
 @triton.jit
-def count_above(values_ptr: tl.tensor, length: tl.tensor, key: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """How many listed values lie above a key (int32)."""
-    many = tl.zeros((BLOCK,), tl.int32)
-    for first in tl.range(0, length, BLOCK):
-        at = first + tl.arange(0, BLOCK)
+def least_key(
+    values_ptr: tl.tensor, length: tl.tensor, low: tl.tensor, high: tl.tensor, top: tl.tensor, limit: tl.tensor,
+    WEIGH: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The least `order_key` above which listed values are fewer than `limit`, or with WEIGH weigh less.
+
+    A value weighs exp(value - top). Nothing listed lies below low or above high, and `limit` can be reached: the
+    result is the key of a listed value. Few values are held against each other; of more, sixteen keys are tried
+    at a time.
+    """
+    over = order_key(high)
+    if length <= 64:
+        at = tl.arange(0, 64)
         s = tl.load(values_ptr + at, mask=at < length, other=float("-inf"))
-        many += ((at < length) & (order_key(s) > key)).to(tl.int32)
-    return tl.sum(many, 0)
+        key = tl.where(at < length, order_key(s), -(1 << 40))
+        amount = tl.exp(s - top) if WEIGH else (at < length).to(tl.float32)
+        above = tl.sum(tl.where(key[:, None] > key[None, :], amount[:, None], 0.0), 0)
+        over = tl.min(tl.where((at < length) & (above < limit), key, over), 0)
+    else:
+        under = order_key(low) - 1
+        part = tl.arange(0, 16).to(tl.int64) + 1
+        while over - under > 1:
+            # Rounded up, so that the sixteenth is `over` or past it.
+            stride = (over - under + 15) // 16
+            tried = tl.minimum(under + stride * part, over)
+            above = tl.zeros((16,), tl.float32)
+            for first in tl.range(0, length, BLOCK):
+                at = first + tl.arange(0, BLOCK)
+                s = tl.load(values_ptr + at, mask=at < length, other=float("-inf"))
+                key = tl.where(at < length, order_key(s), -(1 << 40))
+                amount = tl.exp(s - top) if WEIGH else (at < length).to(tl.float32)
+                above += tl.sum(tl.where(key[:, None] > tried[None, :], amount[:, None], 0.0), 0)
+            # Those that do not hold come first; `over` is known to hold.
+            fails = tl.minimum(tl.sum((above >= limit).to(tl.int64), 0), 15)
+            under = tl.minimum(under + stride * fails, over - 1)
+            over = tl.minimum(under + stride, over)
+    return over
 
 
 @triton.jit
-def weight_above(
+def listed_from(
     values_ptr: tl.tensor, length: tl.tensor, key: tl.tensor, top: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """Sum of exp(s - top) over the listed values above a key."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """How many listed values (float32) lie at a key or above, and the sum of exp(value - top) over them."""
+    many = tl.zeros((BLOCK,), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, length, BLOCK):
         at = first + tl.arange(0, BLOCK)
         s = tl.load(values_ptr + at, mask=at < length, other=float("-inf"))
-        mass += tl.where((at < length) & (order_key(s) > key), tl.exp(s - top), 0.0)
-    return tl.sum(mass, 0)
-
-
-@triton.jit
-def kth_largest(
-    values_ptr: tl.tensor, length: tl.tensor, low: tl.tensor, high: tl.tensor, k: tl.tensor, BLOCK: tl.constexpr
-) -> tl.tensor:
-    """Key of the k-th largest listed value; low's key is below every one of the k, high's not below any."""
-    under, over = order_key(low) - 1, order_key(high)
-    for _ in tl.range(0, 33):
-        middle = (under + over) >> 1
-        few = count_above(values_ptr, length, middle, BLOCK) < k
-        # At a distance of 1 the middle is `under` itself, which is known not to hold.
-        over = tl.where(few & (middle > under), middle, over)
-        under = tl.where(few, under, middle)
-    return over
-
-
-@triton.jit
-def mass_threshold(
-    values_ptr: tl.tensor, length: tl.tensor, low: tl.tensor, high: tl.tensor, top: tl.tensor,
-    wanted: tl.tensor, BLOCK: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Key of the least listed value above which less than `wanted` weighs."""
-    under, over = order_key(low) - 1, order_key(high)
-    for _ in tl.range(0, 33):
-        middle = (under + over) >> 1
-        light = weight_above(values_ptr, length, middle, top, BLOCK) < wanted
-        over = tl.where(light & (middle > under), middle, over)
-        under = tl.where(light, under, middle)
-    return over
+        keep = (at < length) & (order_key(s) >= key)
+        many += keep.to(tl.float32)
+        mass += tl.where(keep, tl.exp(s - top), 0.0)
+    return tl.sum(many, 0), tl.sum(mass, 0)

@@ -15,7 +15,7 @@ from pyramid_rt.kernels.common import Launch
 from pyramid_rt.kernels.rows import row_normaliser, row_winner
 from pyramid_rt.kernels.thresholds import power_of_two
 
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit

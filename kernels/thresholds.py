@@ -24,18 +24,21 @@ from pyramid_rt.kernels.rows import (
     divisor,
     join_lists,
     key_value,
-    kth_largest,
-    lower_bound,
-    mass_threshold,
+    least_key,
+    light_bound,
+    listed_from,
+    near_bound,
     order_key,
     row_normaliser,
     row_winner,
     scaled_logits,
     tile_gaps,
-    weight_above,
+    slack,
 )
 
-OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+# Listed values that are held against sixteen keys at a time; more would not fit the registers.
+SEARCH = 256
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -46,16 +49,20 @@ def least_likely(top: tl.tensor, min_p: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def list_bound(
-    top: tl.tensor, gaps: tl.tensor, top_k_ptr: tl.tensor, top_p_ptr: tl.tensor, min_p_ptr: tl.tensor,
-    TILES: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    top: tl.tensor, gaps: tl.tensor, top_k_ptr: tl.tensor, top_p_ptr: tl.tensor, min_p_ptr: tl.tensor
+) -> tl.tensor:
     """A value at or below the cut, from which on entries are listed."""
     top_k, top_p, min_p = tl.load(top_k_ptr), tl.load(top_p_ptr), tl.load(min_p_ptr)
-    by_p = (top_p < 1.0) & (top_k <= 0)
-    bound = lower_bound(top, gaps, top_k.to(tl.int32), tl.where(by_p, 1.0 - top_p, -1.0), TILES)
+    gap = top * 0.0 + float("inf")
+    if top_k > 0:
+        gap = near_bound(gaps, top_k)
+    elif top_p < 1.0:
+        gap = light_bound(gaps, 1.0 - top_p)
+    bound = top - gap - slack(top)
     # Top-p weighs the whole top-k set, also what min-p takes out of it.
-    least = tl.where((top_k > 0) & (top_p < 1.0), float("-inf"), least_likely(top, min_p))
-    return tl.maximum(bound, least)
+    if (top_k <= 0) | (top_p >= 1.0):
+        bound = tl.maximum(bound, least_likely(top, min_p))
+    return bound
 
 
 @triton.jit
@@ -63,15 +70,14 @@ def find_cut(
     values_ptr: tl.tensor, length: tl.tensor, bound: tl.tensor, top: tl.tensor, mass: tl.tensor,
     top_k_ptr: tl.tensor, top_p_ptr: tl.tensor, min_p_ptr: tl.tensor, vocab: tl.tensor, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The cut of a row whose entries from `bound` on are listed and weigh `mass` in all."""
+    """The cut of a row whose entries from `bound` on are listed and that weighs `mass` in all."""
     top_k, top_p, min_p = tl.load(top_k_ptr), tl.load(top_p_ptr), tl.load(min_p_ptr)
     cut = order_key(top * 0.0 + float("-inf"))
     if (top_k > 0) & (top_k < vocab):
-        cut = kth_largest(values_ptr, length, bound, top, top_k, BLOCK)
-        mass = weight_above(values_ptr, length, cut - 1, top, BLOCK)
+        cut = least_key(values_ptr, length, bound, top, top, top_k.to(tl.float32), False, BLOCK)
+        _, mass = listed_from(values_ptr, length, cut, top, BLOCK)
     if top_p < 1.0:
-        lightest = mass_threshold(values_ptr, length, bound, top, top, top_p * mass, BLOCK)
-        cut = tl.maximum(cut, lightest)
+        cut = tl.maximum(cut, least_key(values_ptr, length, bound, top, top, top_p * mass, True, BLOCK))
     return tl.maximum(key_value(cut), least_likely(top, min_p))
 
 
@@ -118,7 +124,7 @@ def survey(
     """A share of a row: its sum of exp(s - top), and how many entries from `bound` on were listed."""
     mass = tl.zeros((BLOCK,), tl.float32)
     amount = chunk * 0
-    for first in tl.range(0, CHUNK, BLOCK):
+    for first in tl.range(0, tl.minimum(vocab - chunk * CHUNK, CHUNK), BLOCK):
         index = chunk * CHUNK + first + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + index, mask=index < vocab, other=float("-inf"))
         s = scaled_logits(x, divide)
@@ -168,6 +174,7 @@ def thresholds_kernel(
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SEARCH: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
     """One share of one row: tier LEVEL's rows first, then, past COUNT, those of the tier below."""
@@ -193,7 +200,7 @@ def thresholds_kernel(
         top, gaps = tile_gaps(peak_ptr, offset, tile_count, divide, TILES)
         bound = top
         if FILTERS:
-            bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr, TILES)
+            bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr)
         list_at = slot.to(tl.int64) * (CHUNKS * CHUNK)
         mass, amount = survey(
             rows_ptr + place * padded, picked_ptr + list_at, chunk, top, bound, divide, vocab, FILTERS, CHUNK, BLOCK
@@ -215,19 +222,19 @@ def thresholds_kernel(
                 if temperature > 0.0:
                     length = join_lists(
                         amounts_ptr + slot * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK,
-                        SLOTS, BLOCK,
+                        SLOTS, SEARCH,
                     )  # fmt: skip
                     load_values(
                         rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, divide, BLOCK
                     )
                     cut = find_cut(
-                        values_ptr + list_at, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK
+                        values_ptr + list_at, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH
                     )
-                    mass = weight_above(values_ptr + list_at, length, order_key(cut) - 1, top, BLOCK)
+                    _, mass = listed_from(values_ptr + list_at, length, order_key(cut), top, SEARCH)
                     winner = scaled_logits(tl.load(rows_ptr + place * padded + token), divide)
                     if winner < cut:
                         token = filtered_winner(
-                            values_ptr + list_at, found_ptr + list_at, length, cut, seed_ptr, decided + step, BLOCK
+                            values_ptr + list_at, found_ptr + list_at, length, cut, seed_ptr, decided + step, SEARCH
                         )
             tl.store(own_ptr + place, token)
             tl.store(normaliser_ptr + place, top + tl.log(mass))
@@ -269,7 +276,8 @@ def plan(board: Board, level: int, count: int, *, draw: bool, filters: bool, bel
         {
             "N": board.tiers_count, "LEVEL": level, "DRAW": draw, "COUNT": count, "FILTERS": filters,
             "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
-            "BLOCK": min(BLOCK, power_of_two(max(board.vocab_size, TILE))), "TILES": power_of_two(tile_count),
+            "BLOCK": min(BLOCK, power_of_two(max(board.vocab_size, TILE))), "SEARCH": SEARCH,
+            "TILES": power_of_two(tile_count),
             **OPTIONS,
         },
     )  # fmt: skip
