@@ -248,7 +248,7 @@ def row_divergence(
         )  # fmt: skip
         total = bucketed_divergence(
             rows_ptr + below * padded, found_ptr + list_at, values_ptr + list_at, length, total, tl.sum(rests, 0),
-            bound, bound * 0.0 + 1.0, temperature, q_norm, q_cut, q_own, KIND, TOP, PROCESSED, SEARCH, SEARCH,
+            bound, p_norm * 0.0 + 1.0, temperature, q_norm, q_cut, q_own, KIND, TOP, PROCESSED, SEARCH, SEARCH,
         )  # fmt: skip
     return total
 
