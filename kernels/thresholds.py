@@ -44,7 +44,7 @@ OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 @triton.jit
 def least_likely(top: tl.tensor, min_p: tl.tensor) -> tl.tensor:
     """top + log(min_p), -inf where min-p is off."""
-    return tl.where(min_p > 0.0, tl.minimum(top + tl.log(tl.maximum(min_p, 1e-38)), top), float("-inf"))
+    return tl.where(min_p > 0.0, tl.minimum(top + tl.log(tl.maximum(min_p, 1.1754943508222875e-38)), top), float("-inf"))
 
 
 @triton.jit

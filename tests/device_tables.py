@@ -29,7 +29,7 @@ def leave_rows(
     """Write raw logits [R, V] of `positions` [R] to rows first.. of a tier's buffers as `kernels.head` does."""
     count, vocab = logits.shape
     padded = rows.shape[1]
-    wide = torch.full((count, padded), -math.inf)
+    wide = torch.full((count, padded), -math.inf, device=logits.device)
     wide[:, :vocab] = logits
     score = wide
     if float(temperature) > 0:
