@@ -313,7 +313,9 @@ def reject_kernel(
     all_done = arrive(arrivals_ptr, 0, SHARES)
     if all_done:
         flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
-        residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
+        residual = proposal * 0
+        if accepted < count:
+            residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
         commit(
             control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own, stands,
             steps < 0, flaws, residual, until, N, LEVEL, True, True, UNTIL, ROWS,

@@ -23,21 +23,25 @@ def terms(p_log: tl.tensor, q_log: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """What one entry adds to twice the divergence (`js`, `js_fsd`, `tv`) or to it (`kl`, `kl_reversed`)."""
     p, q = tl.exp(p_log), tl.exp(q_log)
     no_p, no_q = p_log == float("-inf"), q_log == float("-inf")
-    # Neither has the entry: the difference of two infinities must not appear.
-    d = tl.where(no_p, 0.0, q_log) - tl.where(no_q, 0.0, p_log)
-    d = tl.where(no_p == no_q, tl.where(no_p, 0.0, d), tl.where(no_p, float("inf"), float("-inf")))
+    # Infinities are put in by hand: neither inf - inf nor 0 inf is ever computed.
+    d = tl.where(no_q, 0.0, q_log) - tl.where(no_p, 0.0, p_log)
     if KIND == 4:
-        return tl.abs(p - q)
-    if KIND == 2:
-        return tl.where(no_q, 0.0, tl.where(no_p, float("inf"), q * tl.where(no_p, 1.0, d)))
-    if KIND == 3:
-        return tl.where(no_p, 0.0, tl.where(no_q, float("inf"), -(p * d)))
-    half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
-    over_p, over_q = tl.maximum(d, 0.0) + half, tl.maximum(-d, 0.0) + half
-    if KIND == 1:
-        mean = (p + q) * 0.5
-        return tl.where(mean > 0.0, mean * (over_p + over_q), 0.0)
-    return tl.where(p > 0.0, -(p * over_p), 0.0) + tl.where(q > 0.0, -(q * over_q), 0.0)
+        total = tl.abs(p - q)
+    elif KIND == 2:
+        total = tl.where(no_q, 0.0, tl.where(no_p, float("inf"), q * d))
+    elif KIND == 3:
+        total = tl.where(no_p, 0.0, tl.where(no_q, float("inf"), -(p * d)))
+    elif KIND == 1:
+        half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
+        both = (p + q) * 0.5 * (tl.abs(d) + 2.0 * half)
+        total = tl.where(no_p != no_q, tl.where(p + q > 0.0, float("inf"), 0.0), tl.where(no_p, 0.0, both))
+    else:
+        half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
+        # Where the other one lacks the entry, m is half of this one.
+        over_p = tl.where(no_q, -0.6931471805599453, tl.maximum(d, 0.0) + half)
+        over_q = tl.where(no_p, -0.6931471805599453, tl.maximum(-d, 0.0) + half)
+        total = -(p * over_p + q * over_q)
+    return total
 
 
 @triton.jit

@@ -237,7 +237,7 @@ def thresholds_kernel(
                             values_ptr + list_at, found_ptr + list_at, length, cut, seed_ptr, decided + step, SEARCH
                         )
             tl.store(own_ptr + place, token)
-            tl.store(normaliser_ptr + place, top + tl.log(mass))
+            tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
             tl.store(cut_ptr + place, cut)
             tl.store(flawed_ptr + place, flawed)
 
