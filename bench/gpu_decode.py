@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bench.gpu_problems_model import llama_config
 from bench.gpu_report import environment
 from bench.harness import write_json
 from pyramid_rt.api import DTYPES
+from pyramid_rt.compare import compare
 from pyramid_rt.engine import Engine
 from pyramid_rt.generation import Generation
 from pyramid_rt.memory import plan_memory
@@ -43,7 +45,8 @@ from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import Pyramid
 
 TINY = tuple(
-    Shape(name, 64, 96, layers, 2, 1, 64, 515) for name, layers in (("tiny-1", 1), ("tiny-2", 2), ("tiny-3", 3))
+    Shape(name, 64, 96, layers, 2, 1, 64, 515)
+    for name, layers in (("tiny-1", 1), ("tiny-2", 2), ("tiny-3", 3))
 )
 NAMES = ("draft", "qualifier", "target")
 PROMPTS = (
@@ -135,7 +138,9 @@ def allocations(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
 
 
-def measure_rounds(pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[int], rounds: int) -> dict[str, Any]:
+def measure_rounds(
+    pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[int], rounds: int
+) -> dict[str, Any]:
     """Host and device time of outer rounds, and what they take from allocator and host.
 
     `device_us` is a round's time when rounds follow each other without the host reading any; `wall_us` is what
@@ -145,7 +150,6 @@ def measure_rounds(pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[i
     engine, generation = started(pyramid, options, prompt)
     watch, host = Stopwatch(device), []
     before = allocations(device)
-    bound = pyramid.max_seq - 1
 
     def blind() -> None:
         for _ in range(rounds):
@@ -170,7 +174,6 @@ def measure_rounds(pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[i
         commits += 1
     wall = (time.perf_counter() - begin) / max(commits, 1)
     generation.close()
-    assert bound > len(prompt)
     return {
         "method": options["method"],
         "rounds": rounds,
@@ -214,7 +217,12 @@ def measure_random(
     taken = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     tiers = random_tiers(shapes, device, dtype, max_seq, backend)
     loaded = torch.cuda.memory_allocated(device) - taken if device.type == "cuda" else 0
-    base = {"max_new_tokens": 400, "draft_length": 4, "qualifier_length": 10, "ignore_eos": True}
+    base: dict[str, Any] = {
+        "max_new_tokens": 400,
+        "draft_length": 4,
+        "qualifier_length": 10,
+        "ignore_eos": True,
+    }
     options = {method: {**base, "method": method} for method in ("ar", "sd", "psd")}
     result: dict[str, Any] = {"backend": backend, "shapes": [shape.name for shape in shapes], "rounds": []}
     generator = torch.Generator().manual_seed(1)
@@ -237,7 +245,8 @@ def measure_random(
             )
             result["memory"] = {
                 "planned_mib": {
-                    name: (plan.weights[name] + plan.caches[name] + plan.workspaces[name]) / 2**20 for name in configs
+                    name: (plan.weights[name] + plan.caches[name] + plan.workspaces[name]) / 2**20
+                    for name in configs
                 },
                 "round_buffers_mib": plan.round_buffers / 2**20,
                 "taken_mib": loaded / 2**20,
@@ -271,14 +280,20 @@ def measure_demo(device: torch.device, dtype: str, backend: str, new_tokens: int
     with pyramid_rt.load(
         pyramid_rt.demo_weights(), device=str(device), dtype=dtype, backend=backend, control="device"
     ) as pyramid:
-        for row in pyramid_rt.compare.compare(pyramid, PROMPTS, pyramid.methods, max_new_tokens=new_tokens, repeats=3):
+        for row in compare(pyramid, PROMPTS, pyramid.methods, max_new_tokens=new_tokens, repeats=3):
             rows[row.method] = {name: getattr(row, name) for name in row.__slots__}
     return rows
 
 
+def device_name(device: torch.device) -> str:
+    """What a result file calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def verdicts(content: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What is wrong, and which goals are missed, in words."""
-    wrong, missed = [], []
+    wrong: list[str] = []
+    missed: list[str] = []
     for name, section in content["sections"].items():
         if "error" in section:
             wrong.append(f"{name}: {section['error'].splitlines()[-1]}")
@@ -291,7 +306,9 @@ def verdicts(content: dict[str, Any]) -> tuple[list[str], list[str]]:
         exact = section["backend"] == "triton"
         for output, equal in section["equal"].items():
             if not equal:
-                (wrong if exact else missed).append(f"{name}: tokens of {output} differ from those of eager ar")
+                (wrong if exact else missed).append(
+                    f"{name}: tokens of {output} differ from those of eager ar"
+                )
         for row in section["rounds"]:
             if row["kind"] != "graphs":
                 continue
@@ -311,9 +328,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the result file")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu")
-    parser.add_argument("--backend", action="append", choices=("torch", "triton"), help="default: both; torch on a CPU")
+    parser.add_argument(
+        "--backend", action="append", choices=("torch", "triton"), help="default: both; torch on a CPU"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
-    parser.add_argument("--minutes", type=float, default=8.0, help="no section begins after three quarters of them")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="no section begins after three quarters of them"
+    )
     parser.add_argument("--commit", default=None, help="for the result file, where git does not know")
     return parser.parse_args(argv)
 
@@ -325,23 +346,29 @@ def main(argv: list[str] | None = None) -> int:
     cuda = device.type == "cuda"
     backends = options.backend or (["triton", "torch"] if cuda else ["torch"])
     shapes, prompts = (SHAPES, (128, 1024, 8192)) if cuda else (TINY, (16, 70))
-    content: dict[str, Any] = {"environment": environment(options.commit), "sections": {}, "left_out": []}
+    content: dict[str, Any] = {
+        "environment": {**environment(options.commit), "device": device_name(device)},
+        "sections": {},
+        "left_out": [],
+    }
     dtype = DTYPES[options.dtype if cuda else "float32"]
+    kind = options.dtype if cuda else "float32"
     sections: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     for backend in backends:
-        sections.append(
-            (
-                f"rounds, {backend}",
-                lambda backend=backend: measure_random(
-                    shapes, device, dtype, backend, prompts=prompts, rounds=40 if cuda else 3, say=print
-                ),
-            )
+        rounds = partial(
+            measure_random,
+            shapes,
+            device,
+            dtype,
+            backend,
+            prompts=prompts,
+            rounds=40 if cuda else 3,
+            say=print,
         )
+        sections.append((f"rounds, {backend}", rounds))
     for backend in backends:
-        kind = options.dtype if cuda else "float32"
-        sections.append(
-            (f"demo, {backend}", lambda backend=backend: measure_demo(device, kind, backend, 256 if cuda else 12))
-        )
+        demo = partial(measure_demo, device, kind, backend, 256 if cuda else 12)
+        sections.append((f"demo, {backend}", demo))
     for name, work in sections:
         if time.monotonic() - begin > 45.0 * options.minutes:
             content["left_out"].append(name)

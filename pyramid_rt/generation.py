@@ -59,7 +59,7 @@ class Generation:
         self._context = min(tier.max_seq for tier in self._tiers)
         self._filled = [False] * self._plan.tiers
         self._clock = ForwardClock(self._plan.tiers, self._state.tokens.device)
-        engine.restart(self._clock)
+        engine.restart(len(prompt), self._clock)
         self._last: Snapshot | None = None
         self._limit = min(len(prompt) + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0

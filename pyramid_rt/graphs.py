@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from pyramid_rt.errors import GraphCaptureError
-from pyramid_rt.recursion import Recursion
-from pyramid_rt.state import MAX_WINDOW, State
+from pyramid_rt.recursion import Rounds
+from pyramid_rt.state import MAX_WINDOW, Plan, State
 
 # A graph looks at one number of cache rows; a short text takes the first of these that holds it.
 _SMALLEST_HORIZON = 512
@@ -54,21 +55,24 @@ class CudaRecorder:
 
 
 @contextmanager
-def parked(state: State, context: int) -> Iterator[None]:
+def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int) -> Iterator[None]:
     """Rounds that run inside find nothing to do, and what they write lands in the slack past the context.
 
     But for one row: the steps of a burst after its first write at end - 1, the context's last position. Nobody
     reads what a draft holds there, since a draft's cache ends before the last token of a text.
 
-    The scalars and counters that a round may change are put back afterwards.
+    The scalars and counters that a round may change, and `others`, are put back afterwards.
     """
-    changed = [state.end, state.limit, state.ended, state.counters, state.bad, *state.cached]
+    changed = [state.end, state.limit, state.ended, state.counters, state.bad, *state.cached, *others]
+    if state.board is not None:
+        changed.append(state.board.control)
     before = [value.clone() for value in changed]
     state.end.fill_(context)
     state.limit.fill_(0)
     state.ended.fill_(True)
     for cached in state.cached:
         cached.fill_(context)
+    rounds.open()
     try:
         yield
     finally:
@@ -92,8 +96,10 @@ class GraphedRound:
     """An outer round, captured once per bound of the cache and repeated.
 
     Args:
-        recursion: whose rounds they are; its buffers must outlive the graphs.
-        work: one round with all that belongs to it, given `known_end` as `Recursion.outer_round` takes it.
+        rounds: which they are; their buffers must outlive the graphs.
+        work: one round with all that belongs to it, given `known_end` as `Rounds.outer_round` takes it.
+        state: what the rounds work on. others: what else `work` changes and a capture must not.
+        plan: of the rounds.
         context: positions of the caches, slack excluded.
         names: of the tiers, for errors.
         recorder: what captures.
@@ -101,13 +107,17 @@ class GraphedRound:
 
     def __init__(
         self,
-        recursion: Recursion,
+        rounds: Rounds,
         work: Callable[[int], None],
+        state: State,
+        others: Sequence[Tensor],
+        plan: Plan,
         context: int,
         names: tuple[str, ...],
         recorder: Recorder,
     ) -> None:
-        self._recursion, self._work, self._context = recursion, work, context
+        self._rounds, self._work, self._context = rounds, work, context
+        self._state, self._others, self._plan = state, others, plan
         self._names, self._recorder = names, recorder
         self._captured: dict[int, Step] = {}
 
@@ -129,16 +139,16 @@ class GraphedRound:
 
     def horizon(self, known_end: int) -> int:
         """Cache rows that a graph for this end looks at: a power of two, or all there are."""
-        needed = known_end + self._recursion.plan.longest_commit + MAX_WINDOW
+        needed = known_end + self._plan.longest_commit + MAX_WINDOW
         rows = max(_SMALLEST_HORIZON, 1 << (needed - 1).bit_length())
         return min(rows, self._context + MAX_WINDOW)
 
     def _capture(self, horizon: int) -> Step:
-        known_end = horizon - self._recursion.plan.longest_commit - MAX_WINDOW
-        kept, whereabouts = self._recursion.clock, _Whereabouts()
-        self._recursion.clock = whereabouts
+        known_end = horizon - self._plan.longest_commit - MAX_WINDOW
+        kept, whereabouts = self._rounds.clock, _Whereabouts()
+        self._rounds.clock = whereabouts
         try:
-            with parked(self._recursion.state, self._context):
+            with parked(self._rounds, self._state, self._others, self._context):
                 return self._recorder.capture(lambda: self._work(known_end))
         except Exception as error:
             level = whereabouts.level
@@ -148,4 +158,4 @@ class GraphedRound:
                 f"{error}; graphs=False runs the same rounds without capture"
             ) from error
         finally:
-            self._recursion.clock = kept
+            self._rounds.clock = kept

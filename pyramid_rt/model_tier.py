@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, Llama, forward
+from pyramid_rt.tiers import DeviceForward
 from pyramid_rt.weights import load_llama
+
+if TYPE_CHECKING:
+    from pyramid_rt.kernels.common import Launch
 
 
 @dataclass
@@ -58,6 +63,30 @@ class ModelTier:
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
         return forward(self.model, self.cache, tokens, start, rows=rows, kv_bound=kv_bound)
+
+    @property
+    def device_rounds(self) -> bool:
+        return self.model.backend.name == "triton"
+
+    def device_forward(self, request: DeviceForward) -> Sequence[Launch]:
+        from pyramid_rt.kernels.head import Noise, Placement
+        from pyramid_rt.models.triton_backend import HeadOutputs, plan_pass
+
+        return plan_pass(
+            self.model,
+            self.cache,
+            request.tokens,
+            request.start,
+            width=request.width,
+            kv_bound=request.kv_bound,
+            placement=Placement(request.start, request.decided, request.first, request.count),
+            outputs=HeadOutputs(
+                request.vocab_size,
+                request.rows,
+                request.statistics,
+                Noise(request.seed, None, request.temperature),
+            ),
+        )
 
     def reset(self) -> None:
         self.held = []

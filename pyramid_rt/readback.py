@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.state import COUNTERS, Plan, State
+from pyramid_rt.tiers import Runnable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class Snapshot:
 class RoundReader:
     """Copies what the host wants to know of each round, in the order of the rounds.
 
-    `begin` and `gather` go around a round and may be captured with it. `post` starts the copy to the host and
-    waits for nothing; `take` waits until the oldest posted round is done. On CUDA the copy goes to pinned memory,
-    and an event says when it is there.
+    `gather` ends a round and may be captured with it: a round's tokens are those since the last `gather`.
+    `post` starts the copy to the host and waits for nothing; `take` waits until the oldest posted round is done.
+    On CUDA the copy goes to pinned memory, and an event says when it is there.
 
     Args:
         plan, state: of the rounds.
@@ -47,29 +48,41 @@ class RoundReader:
         self._plan, self._state = plan, state
         device = state.tokens.device
         self._steps = torch.arange(plan.longest_commit, device=device)
-        self._begin = torch.zeros((), dtype=torch.int64, device=device)
+        self.reported = torch.zeros((), dtype=torch.int64, device=device)
         self._cuda = device.type == "cuda"
         size = 3 + plan.tiers * (2 + len(COUNTERS)) + plan.longest_commit
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device)
         self._free = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ahead + 1)]
         self._posted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._launch: Runnable | None = None
+        if state.board is not None:
+            # Triton, which the kernels need, is not everywhere.
+            from pyramid_rt.kernels import report
+
+            self._launch = report.plan(state.board, self.reported, self._numbers, plan.longest_commit)
 
     @property
     def posted(self) -> int:
         """Rounds posted and not yet taken."""
         return len(self._posted)
 
-    def begin(self) -> None:
-        """Before a round: its tokens are those from here on."""
-        self._begin.copy_(self._state.end)
+    def restart(self, end: int) -> None:
+        """A new text of `end` tokens: forget the rounds that nobody took."""
+        self._free += [place for place, _ in self._posted]
+        self._posted.clear()
+        self.reported.fill_(end)
 
     def gather(self) -> None:
         """After a round, on the device: what the host will want to know of it."""
+        if self._launch is not None:
+            self._launch.run()
+            return
         s = self._state
-        head = torch.stack((self._begin, s.end, s.ended.to(torch.int64), *s.cached))
-        positions = (self._begin + self._steps).clamp(max=s.tokens.shape[0] - 1)
+        head = torch.stack((self.reported, s.end, s.ended.to(torch.int64), *s.cached))
+        positions = (self.reported + self._steps).clamp(max=s.tokens.shape[0] - 1)
         numbers = (head, s.bad, s.counters.flatten(), s.tokens.gather(0, positions))
         torch.cat(numbers, out=self._numbers)
+        self.reported.copy_(s.end)
 
     def post(self) -> None:
         """After `gather`: send it to the host."""
@@ -80,11 +93,6 @@ class RoundReader:
             event = torch.cuda.Event()
             event.record()
         self._posted.append((place, event))
-
-    def drop(self) -> None:
-        """Forget the rounds that nobody took."""
-        self._free += [place for place, _ in self._posted]
-        self._posted.clear()
 
     def take(self) -> Snapshot:
         """The oldest posted round."""

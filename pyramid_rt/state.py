@@ -7,13 +7,17 @@ fixed when a round is captured; `State` holds what may change from request to re
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyramid_rt.errors import InputError
 from pyramid_rt.models.llama import SLACK_ROWS
-from pyramid_rt.rules import Rule, rows_needed
+from pyramid_rt.rules import Fuzzy, Rule, rows_needed
+
+if TYPE_CHECKING:
+    from pyramid_rt.kernels.board import Board
 
 MAX_WINDOW = SLACK_ROWS  # a window that starts at the end of the context must fit into the slack
 NO_POSITION = 2**62
@@ -91,6 +95,16 @@ class Plan:
         return self.tiers - level + (self.longest[level - 1] if level > 0 else 0)
 
     @property
+    def burst(self) -> int:
+        """Tokens that the lowest tier draws at a time."""
+        return self.lengths[0] if self.lengths else 1
+
+    @property
+    def device_rows(self) -> int:
+        """Rows of a tier's logits from an outer round's first position on, those of inactive steps included."""
+        return self.longest_commit + (self.longest[-2] + 1 if self.tiers > 2 else 1)
+
+    @property
     def longest_commit(self) -> int:
         """Most tokens one outer round can commit."""
         return self.longest[-1] + 1 if self.rules else 1
@@ -118,6 +132,7 @@ class State:
     own_rows: list[Tensor | None]  # N - 1: float32 [M_i + M_(i-1) + 2, V] raw rows of tier i's proposal
     effective_rows: list[Tensor | None]  # N - 1: likewise, log of the effective distributions
     logprob_rows: Tensor | None  # float32 [M_(N-2) + 1, V]: the target's raw rows of the last verify
+    board: Board | None = None  # what kernels decide on; the fields above are then views of it
 
     @classmethod
     def allocate(cls, plan: Plan, max_seq: int, vocab_size: int, device: torch.device) -> State:
@@ -160,8 +175,51 @@ class State:
             ),
         )
 
+    @classmethod
+    def on_board(cls, plan: Plan, max_seq: int, vocab_size: int, device: torch.device) -> State:
+        """The same for rounds of kernels: no copies of rows, and every field a view of one `Board`."""
+        # Triton, which the board brings in, is not everywhere.
+        from pyramid_rt.kernels.board import END, LIMIT, Board, bad_at, cached_at
+
+        fuzzy = [rule for rule in plan.rules if isinstance(rule, Fuzzy)]
+        board = Board.allocate(
+            plan.tiers,
+            plan.device_rows,
+            max_seq + SLACK_ROWS,
+            vocab_size,
+            lists=plan.filters or any(rule.divergence.startswith("topk_") for rule in fuzzy),
+            device=device,
+        )
+        for stage, rule in enumerate(plan.rules):
+            board.thresholds[stage] = getattr(rule, "threshold", 0.0)
+        unused: list[Tensor | None] = [None] * len(plan.rules)
+        wanted = plan.logprobs is not None
+        return cls(
+            tokens=board.tokens,
+            origin=board.origin,
+            end=board.word(END),
+            limit=board.word(LIMIT),
+            ended=board.ended,
+            cached=[board.word(cached_at(level)) for level in range(plan.tiers)],
+            stop_mask=board.stop_mask,
+            seed=board.seed,
+            temperature=board.temperature,
+            top_k=board.top_k,
+            top_p=board.top_p,
+            min_p=board.min_p,
+            thresholds=board.thresholds,
+            counters=board.counters,
+            bad=board.control[bad_at(plan.tiers) :],
+            own_rows=unused,
+            effective_rows=unused,
+            logprob_rows=board.rows[-1, : plan.longest_commit, :vocab_size] if wanted else None,
+            board=board,
+        )
+
     def nbytes(self) -> int:
         """Bytes of all buffers."""
+        if self.board is not None:
+            return self.board.nbytes()
         singles = [value for value in vars(self).values() if isinstance(value, Tensor)]
         listed = [
             value

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyramid_rt.kernels.head import TileStatistics
 
 
 class Tier(Protocol):
@@ -51,6 +55,64 @@ class Tier(Protocol):
 
     def reset(self) -> None:
         """Forget the cache's contents, `held` too, so that nothing non-finite in it survives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceForward:
+    """A forward pass of a round of kernels. Every scalar is read on the device, when it runs.
+
+    Row r of the results is the logits for position decided + r, which come from window row
+    decided - 1 + r - start, clamped to the window. It belongs at row decided - first + r of `rows` and
+    `statistics`; r < count.
+
+    Attributes:
+        tokens: int64 [max_seq + 64], the token buffer; the window is tokens[start : start + width].
+        start: int64 []: the tier's cached length.
+        decided: int64 []: the position that the first wanted row decides.
+        first: int64 []: the position that row 0 belongs to.
+        width: of the window, up to 64; of a prompt's last chunk, more.
+        count: rows wanted, up to 64.
+        vocab_size: columns that count; the rest of a row is -inf.
+        rows: float32 [R, P]: raw logits. statistics: [R, tiles of 64], as the LM head kernel leaves them.
+        seed: int64 [2]. temperature: float32 []: of the noise in `statistics.best`; 0 turns it off.
+        kv_bound: host integer: no cache row from there on is looked at.
+    """
+
+    tokens: Tensor
+    start: Tensor
+    decided: Tensor
+    first: Tensor
+    width: int
+    count: int
+    vocab_size: int
+    rows: Tensor
+    statistics: TileStatistics
+    seed: Tensor
+    temperature: Tensor
+    kv_bound: int
+
+
+class Runnable(Protocol):
+    """A launch, or what stands for one."""
+
+    def run(self) -> None:
+        """Start it on the current stream; reads no device value on the host."""
+        ...
+
+
+class DeviceTier(Tier, Protocol):
+    """A tier that takes part in rounds of kernels.
+
+    Attributes:
+        device_rounds: whether it can, as it was loaded.
+    """
+
+    @property
+    def device_rounds(self) -> bool: ...
+
+    def device_forward(self, request: DeviceForward) -> Sequence[Runnable]:
+        """The launches of a forward pass, in order. They may be run any number of times."""
         ...
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyramid_rt.recursion import Recursion
 from pyramid_rt.state import Plan, State
+from pyramid_rt.torch_steps import TorchRounds
 
 VOCAB = 4
 MAX_SEQ = 16
@@ -95,7 +95,7 @@ def decode_many(
     prompt: Sequence[int] = (1, 2),
     new_tokens: int = 6,
     temperature: float = 1.0,
-    make: Callable[..., Recursion] = Recursion,
+    make: Callable[..., TorchRounds] = TorchRounds,
 ) -> Tensor:
     """Run the recursion, device control, once per seed (int64 [runs]) in one `vmap`. Tokens [runs, new_tokens]."""
     template = State.allocate(plan, MAX_SEQ, VOCAB, torch.device("cpu"))

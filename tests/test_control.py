@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
-from pyramid_rt.recursion import Recursion
+from pyramid_rt.torch_steps import TorchRounds
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2"}
 RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, "topk_js", "processed", or_match=True))
@@ -52,14 +52,14 @@ def no_host_reads():
 def watched(monkeypatch):
     """Every outer round runs under the watch; the list counts them."""
     rounds = []
-    real = Recursion.outer_round
+    real = TorchRounds.outer_round
 
     def outer_round(self, known_end=None):
         rounds.append(known_end)
         with no_host_reads():
             real(self, known_end)
 
-    monkeypatch.setattr(Recursion, "outer_round", outer_round)
+    monkeypatch.setattr(TorchRounds, "outer_round", outer_round)
     return rounds
 
 

@@ -11,9 +11,9 @@ from tables import decode_many, empirical_joint, exact_joint, noise_floor, rando
 from torch import Tensor
 
 from pyramid_rt.kernels import sampling_reference as ops
-from pyramid_rt.recursion import Recursion
 from pyramid_rt.rules import Evidence, Fuzzy, Match, Rejection, Rule, Verdict
 from pyramid_rt.state import Plan
+from pyramid_rt.torch_steps import TorchRounds, TorchSteps
 
 RUNS = 100_000
 BATCH = 12_500  # runs decoded side by side; more only spills the cache
@@ -34,7 +34,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def decode(rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[Recursion] = Recursion) -> Tensor:
+def decode(
+    rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[TorchRounds] = TorchRounds
+) -> Tensor:
     count = len(rules) + 1
     plan = Plan(tuple(rules), LENGTHS[count], inner_rounds, host_control=False, noisy=True, filters=False)
     seeds = torch.arange(RUNS) * 0x9E3779B97F4A7C1 + 17
@@ -105,7 +107,7 @@ def test_fuzzy_on_top_is_lossy():
     assert min(distances(decode((Match(), Fuzzy(0.3))), 3)) > 2 * MARGIN
 
 
-class OwnInsteadOfEffective(Recursion):
+class OwnInsteadOfEffective(TorchSteps):
     """The tempting shortcut: hand up the tier's own distribution whatever the token was drawn from."""
 
     def _handed_up(
@@ -114,8 +116,12 @@ class OwnInsteadOfEffective(Recursion):
         return processed
 
 
+class OwnInsteadOfEffectiveRounds(TorchRounds):
+    steps_class = OwnInsteadOfEffective
+
+
 def test_power_handing_up_the_own_distribution_is_seen():
-    assert max(distances(decode((FUZZY, Rejection()), make=OwnInsteadOfEffective), 3)) > 2 * MARGIN
+    assert max(distances(decode((FUZZY, Rejection()), make=OwnInsteadOfEffectiveRounds), 3)) > 2 * MARGIN
 
 
 def test_power_sharing_the_acceptance_word_is_seen(monkeypatch):

@@ -11,9 +11,9 @@ from tables import VOCAB, TableTier, random_tables
 
 from pyramid_rt import Fuzzy, InputError, Match, NonFiniteLogitsError, Pyramid, Rejection
 from pyramid_rt.kernels import sampling_reference as ops
-from pyramid_rt.recursion import _NoiseRows
 from pyramid_rt.rules import rows_needed
 from pyramid_rt.state import Plan
+from pyramid_rt.torch_steps import _NoiseRows
 
 EOS = 3
 RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, or_match=True), Fuzzy(0.4, "kl", "processed"))

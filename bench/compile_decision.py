@@ -1,0 +1,54 @@
+"""The decision kernels for the ahead-of-time gate: the rounds of a pyramid of three at the Llamas' vocabulary.
+
+They know neither the model's width nor its dtype, so one shape and one dtype stand for all; the lengths of a
+round are part of a graph, so one stands for all windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.compile_kernels import Shape, Variant
+
+# The paper's lengths: 4 drafted at a time, 10 to 14 for the target.
+DRAFTED, QUALIFIED = 4, 14
+STANDS_FOR_ALL = ("llama-3.2-1b", "bfloat16")
+
+
+def decision_variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Variant]:
+    """Every kernel of a round, with filters and without, for each rule and form of divergence."""
+    import torch
+
+    from bench.compile_gate import Needs
+    from bench.compile_kernels import MAX_SEQ, Variant
+    from pyramid_rt.kernels import decision, sample, thresholds
+    from pyramid_rt.kernels.board import Board
+
+    if (shape.name, str(dtype).removeprefix("torch.")) != STANDS_FOR_ALL:
+        return
+    rows = QUALIFIED + DRAFTED + 2
+    board = Board.allocate(3, rows, MAX_SEQ + 64, shape.vocab, lists=True, device=torch.device("meta"))
+    several = Needs(arrival=True)
+    yield Variant("begin", sample.plan_begin(board), Needs())
+    for stored in (False, True):
+        yield Variant(
+            f"sample{'-stored' if stored else ''}", sample.plan(board, 0, first=False, stored=stored), Needs()
+        )
+    yield Variant("first", sample.plan(board, 2, first=True, stored=False), Needs())
+    draw = thresholds.plan(board, 0, 1, draw=True, filters=True)
+    yield Variant("thresholds-draw", draw, several)
+    for filters in (False, True):
+        launch = thresholds.plan(board, 1, DRAFTED + 1, draw=False, filters=filters, below=not filters)
+        yield Variant(f"thresholds-verify{'-filters' if filters else ''}", launch, several)
+    for rule in decision.RULES:
+        launch = decision.plan(board, 2, QUALIFIED + 1, rule, stored=rule == "rejection")
+        yield Variant(rule, launch, several)
+    for kind in ("js_fsd", "kl", "kl_reversed", "tv", "topk_js"):
+        yield Variant(f"fuzzy-{kind}", decision.plan(board, 1, DRAFTED + 1, "fuzzy", kind=kind), several)
+    for kind in ("js", "topk_js"):
+        launch = decision.plan(
+            board, 1, DRAFTED + 1, "fuzzy", kind=kind, processed=True, stored=True, until=10
+        )
+        yield Variant(f"fuzzy-{kind}-processed", launch, several)

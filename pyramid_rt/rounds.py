@@ -1,0 +1,31 @@
+"""Which way rounds are run: step by step in torch, or from a list of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from pyramid_rt.recursion import Clock, Rounds
+from pyramid_rt.state import Plan, State
+from pyramid_rt.tiers import DeviceTier, Tier
+from pyramid_rt.torch_steps import TorchRounds
+
+
+def by_kernels(tiers: Sequence[Tier], plan: Plan) -> bool:
+    """Whether rounds of these tiers run from a list of launches: under device control, where every tier can."""
+    return not plan.host_control and all(getattr(tier, "device_rounds", False) for tier in tiers)
+
+
+def rounds_for(
+    tiers: Sequence[Tier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
+) -> Rounds:
+    """Rounds of `tiers` (small to large) by `plan` on `state`; by kernels iff the state was made for them.
+
+    Then every tier must be a `DeviceTier`.
+    """
+    if state.board is None:
+        return TorchRounds(tiers, plan, state, vocab_size, clock)
+    # Triton, which the kernels need, is not everywhere.
+    from pyramid_rt.kernel_steps import KernelRounds
+
+    return KernelRounds(cast(Sequence[DeviceTier], tiers), plan, state, vocab_size, clock)
