@@ -393,15 +393,20 @@ def print_table(arch: str, compiled: list[Compiled]) -> None:
 def check_manifest(
     manifest: Manifest, version: str, arch: str, compiled: list[Compiled], *, whole: bool
 ) -> bool:
-    """Print the differences from the manifest; whether there are none."""
-    try:
-        lines = compare(manifest, version, arch, {c.kernel: c.figures for c in compiled}, whole=whole)
-    except KeyError:
-        print(f"Triton {version} for {arch} is not in the manifest: gated, compared with nothing")
-        return True
-    for line in lines:
-        print(f"differs from the manifest: {line}")
-    return not lines
+    """Print the differences from the manifest, dtype by dtype; whether there are none."""
+    same = True
+    for dtype in sorted({c.kernel.dtype for c in compiled}):
+        found = {c.kernel: c.figures for c in compiled if c.kernel.dtype == dtype}
+        kept = {k: f for k, f in manifest.get(version, {}).get(arch, {}).items() if k.dtype == dtype}
+        if not kept:
+            print(
+                f"Triton {version} for {arch} in {dtype} is not in the manifest: gated, compared with nothing"
+            )
+            continue
+        for line in compare(kept, found, whole=whole):
+            print(f"differs from the manifest: {line}")
+            same = False
+    return same
 
 
 def _arguments() -> argparse.Namespace:

@@ -91,20 +91,14 @@ def _unfold(stored: dict[str, list[object]]) -> dict[Kernel, Figures]:
     return found
 
 
-def compare(
-    manifest: Manifest, version: str, arch: str, found: dict[Kernel, Figures], *, whole: bool
-) -> list[str]:
-    """Differences from the manifest's part for one version and architecture.
+def compare(kept: dict[Kernel, Figures], found: dict[Kernel, Figures], *, whole: bool) -> list[str]:
+    """Differences from figures of the manifest.
 
     Args:
-        manifest: as loaded.
+        kept: the manifest's, of what `found` may hold.
         found: what was compiled.
         whole: nothing was filtered out, so that kernels only in the manifest are differences too.
-
-    Raises:
-        KeyError: the manifest has no figures for this version and architecture.
     """
-    kept = manifest[version][arch]
     lines = []
     for kernel in sorted(found.keys() | kept.keys()):
         if kernel not in kept:
