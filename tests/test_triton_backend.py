@@ -278,9 +278,23 @@ def micro_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROMPT = "for name in names:\n    print(name)\n" * 2  # more than one window of 64
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("method", ["ar", "sd", "psd", "psd_f"])
-def test_tokens_equal_those_of_the_torch_backend(micro_dir: Path, method: str, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "temperature", "control", "extra"),
+    [
+        ("ar", 0.7, "host", {}),
+        ("psd", 0.0, "host", {}),
+        ("ar", 0.0, "device", {}),
+        ("sd", 0.0, "device", {}),
+        ("sd", 0.7, "device", {"lossless_rule": "rejection"}),
+        ("psd", 0.0, "device", {}),
+        ("psd", 0.7, "device", {"top_k": 9, "min_p": 0.01}),
+        ("psd_f", 0.7, "device", {"divergence": "topk_js", "divergence_on": "processed"}),
+    ],
+)
+def test_tokens_equal_those_of_the_torch_backend(
+    micro_dir: Path, method: str, temperature: float, control: str, extra: dict[str, Any]
+) -> None:
+    """Under host control torch decides on the kernels' logits, under device control kernels decide too."""
     options: dict[str, Any] = {
         "max_new_tokens": 8,
         "method": method,
@@ -290,19 +304,55 @@ def test_tokens_equal_those_of_the_torch_backend(micro_dir: Path, method: str, t
         "qualifier_length": 3,
         "qualifier_threshold": 0.2,
         "target_threshold": 0.2,
+        **extra,
     }
-    results = {}
+    results, rounds = {}, {}
     for backend in ("torch", "triton"):
-        with pyramid_rt.load(micro_dir, device="cpu", max_seq=160, backend=backend) as pyramid:
+        with pyramid_rt.load(
+            micro_dir, device="cpu", max_seq=160, backend=backend, control=control
+        ) as pyramid:
             results[backend] = pyramid.generate(PROMPT, **options)
+            rounds[backend] = next(iter(pyramid._kept.values())).launches()
     torch_result, triton_result = results["torch"], results["triton"]
     assert triton_result.tokens == torch_result.tokens
     assert triton_result.text == torch_result.text
     assert len(triton_result.tokens) == 8
+    assert rounds["torch"] is None
+    assert (rounds["triton"] is None) == (control == "host")
+    for ours, theirs in zip(triton_result.stats.tiers, torch_result.stats.tiers, strict=True):
+        assert (ours.proposed, ours.accepted, ours.survived) == (
+            theirs.proposed,
+            theirs.accepted,
+            theirs.survived,
+        )
+        assert ours.forwards == theirs.forwards
     if method != "ar":
-        accepted = [tier.accepted for tier in triton_result.stats.tiers[:-1]]
-        assert accepted == [tier.accepted for tier in torch_result.stats.tiers[:-1]]
-        assert sum(accepted) > 0
+        assert sum(tier.accepted or 0 for tier in triton_result.stats.tiers) > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "extra", "decisions"),
+    [
+        ("ar", {}, 1),
+        ("sd", {}, 2 + 1),
+        ("psd", {}, 2 * (2 + 1) + 1),
+        ("sd", {"temperature": 0.7, "top_k": 5}, 2 * (2 + 1)),
+    ],
+)
+def test_a_round_is_its_passes_and_a_launch_for_each_decision(
+    micro_dir: Path, method: str, extra: dict[str, Any], decisions: int
+) -> None:
+    """5 L + 2 launches a pass and one a decision, two with filters; one more makes the report."""
+    passes = {
+        "ar": {"target": 1},
+        "sd": {"draft": 2, "target": 1},
+        "psd": {"draft": 4, "qualifier": 2, "target": 1},
+    }[method]
+    with pyramid_rt.load(micro_dir, device="cpu", max_seq=160, backend="triton", control="device") as pyramid:
+        pyramid.prepare(method=method, draft_length=2, qualifier_length=4, **extra)
+        layers = {tier.name: tier.config.num_layers for tier in pyramid.tiers}  # type: ignore[attr-defined]
+        found = next(iter(pyramid._kept.values())).launches()
+    assert found == sum(count * (5 * layers[name] + 2) for name, count in passes.items()) + decisions + 1
 
 
 def test_unknown_shape_is_named_by_load(tiny_dir: Path) -> None:
