@@ -33,7 +33,9 @@ def decision_variants(shape: Shape, dtype: Any, arch: int, length: int) -> Itera
     several = Needs(arrival=True)
     yield Variant("begin", sample.plan_begin(board), Needs())
     for stored in (False, True):
-        yield Variant(f"sample{'-stored' if stored else ''}", sample.plan(board, 0, first=False, stored=stored), Needs())
+        yield Variant(
+            f"sample{'-stored' if stored else ''}", sample.plan(board, 0, first=False, stored=stored), Needs()
+        )
     yield Variant("first", sample.plan(board, 2, first=True, stored=False), Needs())
     draw = thresholds.plan(board, 0, 1, draw=True, filters=True)
     yield Variant("thresholds-draw", draw, several)
@@ -46,5 +48,7 @@ def decision_variants(shape: Shape, dtype: Any, arch: int, length: int) -> Itera
     for kind in ("js_fsd", "kl", "kl_reversed", "tv", "topk_js"):
         yield Variant(f"fuzzy-{kind}", decision.plan(board, 1, DRAFTED + 1, "fuzzy", kind=kind), several)
     for kind in ("js", "topk_js"):
-        launch = decision.plan(board, 1, DRAFTED + 1, "fuzzy", kind=kind, processed=True, stored=True, until=10)
+        launch = decision.plan(
+            board, 1, DRAFTED + 1, "fuzzy", kind=kind, processed=True, stored=True, until=10
+        )
         yield Variant(f"fuzzy-{kind}-processed", launch, several)

@@ -200,7 +200,9 @@ class Board:
         Raises:
             ValueError: names the argument, what was found and what was expected.
         """
-        check_tensor("board.rows", self.rows, (None, None, None), torch.float32, self.rows.device, contiguous=True)
+        check_tensor(
+            "board.rows", self.rows, (None, None, None), torch.float32, self.rows.device, contiguous=True
+        )
         n, r, padded = self.rows.shape
         vocab, (chunks, tile_count) = self.vocab_size, (tiles(self.vocab_size, CHUNK), tiles(padded, TILE))
         if not vocab <= padded < vocab + PADDING or padded % PADDING:
@@ -220,7 +222,9 @@ class Board:
             ("arrivals", (2 * r + 1,), torch.int32), ("winners", (2, tiles(vocab, SCAN)), torch.float32),
             ("winning", (2, tiles(vocab, SCAN)), torch.int32),
         ):  # fmt: skip
-            check_tensor(f"board.{name}", getattr(self, name), shape, dtype, self.rows.device, contiguous=True)
+            check_tensor(
+                f"board.{name}", getattr(self, name), shape, dtype, self.rows.device, contiguous=True
+            )
         for name in ("peak", "total", "best", "token"):
             kind = torch.int32 if name == "token" else torch.float32
             tensor: Tensor = getattr(self.statistics, name)

@@ -186,10 +186,28 @@ def compare_share(
     below = place - row_count
     temperature = tl.load(temperature_ptr)
     p_norm, p_cut, p_own = row_scalars(
-        temperature_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, place, tile_count, PROCESSED, TILES
+        temperature_ptr,
+        peak_ptr,
+        total_ptr,
+        own_ptr,
+        normaliser_ptr,
+        cut_ptr,
+        place,
+        tile_count,
+        PROCESSED,
+        TILES,
     )
     q_norm, q_cut, q_own = row_scalars(
-        temperature_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, below, tile_count, PROCESSED, TILES
+        temperature_ptr,
+        peak_ptr,
+        total_ptr,
+        own_ptr,
+        normaliser_ptr,
+        cut_ptr,
+        below,
+        tile_count,
+        PROCESSED,
+        TILES,
     )
     bound = p_norm
     if TOP > 0:
@@ -224,23 +242,52 @@ def row_divergence(
 ) -> tl.tensor:  # fmt: skip
     """The sum of a row's terms, from the parts of all its shares in their order."""
     share = tl.arange(0, SLOTS)
-    parts = tl.load(partials_ptr + step * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg")
+    parts = tl.load(
+        partials_ptr + step * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
+    )
     total = tl.sum(parts, 0)
     if TOP > 0:
         rests = tl.load(
-            partials_ptr + (COUNT + step) * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
+            partials_ptr + (COUNT + step) * CHUNKS + share,
+            mask=share < CHUNKS,
+            other=0.0,
+            cache_modifier=".cg",
         )
         below = place - row_count
         temperature = tl.load(temperature_ptr)
         p_norm, p_cut, p_own = row_scalars(
-            temperature_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, place, tile_count, PROCESSED, TILES
+            temperature_ptr,
+            peak_ptr,
+            total_ptr,
+            own_ptr,
+            normaliser_ptr,
+            cut_ptr,
+            place,
+            tile_count,
+            PROCESSED,
+            TILES,
         )
         q_norm, q_cut, q_own = row_scalars(
-            temperature_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, below, tile_count, PROCESSED, TILES
+            temperature_ptr,
+            peak_ptr,
+            total_ptr,
+            own_ptr,
+            normaliser_ptr,
+            cut_ptr,
+            below,
+            tile_count,
+            PROCESSED,
+            TILES,
         )
         list_at = step.to(tl.int64) * (CHUNKS * CHUNK)
         length = join_lists(
-            amounts_ptr + step * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK, SLOTS, SEARCH
+            amounts_ptr + step * CHUNKS,
+            picked_ptr + list_at,
+            found_ptr + list_at,
+            CHUNKS,
+            CHUNK,
+            SLOTS,
+            SEARCH,
         )
         listed_logs(
             rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, temperature, p_norm, p_cut,
@@ -365,7 +412,11 @@ def scan_share(
 
 @triton.jit
 def best_of_shares(
-    winners_ptr: tl.tensor, winning_ptr: tl.tensor, vocab: tl.tensor, SHARES: tl.constexpr, SLOTS: tl.constexpr
+    winners_ptr: tl.tensor,
+    winning_ptr: tl.tensor,
+    vocab: tl.tensor,
+    SHARES: tl.constexpr,
+    SLOTS: tl.constexpr,
 ) -> tl.tensor:
     """Token (int64) of the best residual score, or of p's where no share has one; some token where neither."""
     slot = tl.arange(0, SLOTS)

@@ -61,7 +61,12 @@ def scaled_logits(x: tl.tensor, divide: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def processed_log(
-    x: tl.tensor, index: tl.tensor, temperature: tl.tensor, normaliser: tl.tensor, cut: tl.tensor, own: tl.tensor
+    x: tl.tensor,
+    index: tl.tensor,
+    temperature: tl.tensor,
+    normaliser: tl.tensor,
+    cut: tl.tensor,
+    own: tl.tensor,
 ) -> tl.tensor:
     """Processed log-probabilities of raw logits x at vocabulary indices; one-hot at temperature 0."""
     s = scaled_logits(x, divisor(temperature))

@@ -96,7 +96,10 @@ def plan_begin(board: Board) -> Launch:
     """
     board.check(0, 1)
     return Launch(
-        begin_kernel, (1, 1, 1), (board.control, board.ended.view(torch.uint8)), {"N": board.tiers_count, **OPTIONS}
+        begin_kernel,
+        (1, 1, 1),
+        (board.control, board.ended.view(torch.uint8)),
+        {"N": board.tiers_count, **OPTIONS},
     )
 
 
@@ -114,7 +117,9 @@ def plan(board: Board, level: int, *, first: bool, stored: bool) -> Launch:
     """
     board.check(level, 1)
     if level != (board.tiers_count - 1 if first else 0):
-        raise ValueError(f"level is {level}, expected {board.tiers_count - 1 if first else 0} with first={first}")
+        raise ValueError(
+            f"level is {level}, expected {board.tiers_count - 1 if first else 0} with first={first}"
+        )
     s, tile_count = board.statistics, board.statistics.peak.shape[2]
     return Launch(
         sample_kernel,

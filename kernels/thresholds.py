@@ -44,7 +44,9 @@ OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 @triton.jit
 def least_likely(top: tl.tensor, min_p: tl.tensor) -> tl.tensor:
     """top + log(min_p), -inf where min-p is off."""
-    return tl.where(min_p > 0.0, tl.minimum(top + tl.log(tl.maximum(min_p, 1.1754943508222875e-38)), top), float("-inf"))
+    return tl.where(
+        min_p > 0.0, tl.minimum(top + tl.log(tl.maximum(min_p, 1.1754943508222875e-38)), top), float("-inf")
+    )
 
 
 @triton.jit
@@ -203,7 +205,16 @@ def thresholds_kernel(
             bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr)
         list_at = slot.to(tl.int64) * (CHUNKS * CHUNK)
         mass, amount = survey(
-            rows_ptr + place * padded, picked_ptr + list_at, chunk, top, bound, divide, vocab, FILTERS, CHUNK, BLOCK
+            rows_ptr + place * padded,
+            picked_ptr + list_at,
+            chunk,
+            top,
+            bound,
+            divide,
+            vocab,
+            FILTERS,
+            CHUNK,
+            BLOCK,
         )
         tl.store(partials_ptr + slot * CHUNKS + chunk, mass)
         if FILTERS:
@@ -225,16 +236,36 @@ def thresholds_kernel(
                         SLOTS, SEARCH,
                     )  # fmt: skip
                     load_values(
-                        rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, divide, BLOCK
+                        rows_ptr + place * padded,
+                        found_ptr + list_at,
+                        values_ptr + list_at,
+                        length,
+                        divide,
+                        BLOCK,
                     )
                     cut = find_cut(
-                        values_ptr + list_at, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH
+                        values_ptr + list_at,
+                        length,
+                        bound,
+                        top,
+                        mass,
+                        top_k_ptr,
+                        top_p_ptr,
+                        min_p_ptr,
+                        vocab,
+                        SEARCH,
                     )
                     _, mass = listed_from(values_ptr + list_at, length, order_key(cut), top, SEARCH)
                     winner = scaled_logits(tl.load(rows_ptr + place * padded + token), divide)
                     if winner < cut:
                         token = filtered_winner(
-                            values_ptr + list_at, found_ptr + list_at, length, cut, seed_ptr, decided + step, SEARCH
+                            values_ptr + list_at,
+                            found_ptr + list_at,
+                            length,
+                            cut,
+                            seed_ptr,
+                            decided + step,
+                            SEARCH,
                         )
             tl.store(own_ptr + place, token)
             tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))

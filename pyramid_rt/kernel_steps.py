@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -140,11 +141,20 @@ class KernelRounds:
         clock: times every forward pass where given.
     """
 
+    steps_class: ClassVar[type[KernelSteps]] = KernelSteps
+
     def __init__(
-        self, tiers: Sequence[DeviceTier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
+        self,
+        tiers: Sequence[DeviceTier],
+        plan: Plan,
+        state: State,
+        vocab_size: int,
+        clock: Clock | None = None,
     ) -> None:
         if plan.host_control:
-            raise ValueError("plan.host_control is True, expected False: rounds of kernels control themselves")
+            raise ValueError(
+                "plan.host_control is True, expected False: rounds of kernels control themselves"
+            )
         if state.board is None:
             raise ValueError("state.board is None, expected a state made by State.on_board")
         self.tiers, self.plan, self.board, self.clock = tiers, plan, state.board, clock
@@ -154,7 +164,7 @@ class KernelRounds:
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:
         """An outer round that looks at the cache up to `kv_bound`; written down at the first call."""
         if kv_bound not in self._recorded:
-            steps = KernelSteps(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
+            steps = self.steps_class(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
             Recursion(self.plan, steps).outer_round()
             self._recorded[kv_bound] = tuple(steps.stages)
         return self._recorded[kv_bound]

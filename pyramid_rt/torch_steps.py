@@ -22,6 +22,7 @@ from pyramid_rt.rules import Evidence, Fuzzy, Rule, Verdict
 from pyramid_rt.state import COLUMN, MAX_WINDOW, NO_POSITION, Plan, State
 from pyramid_rt.tiers import Tier
 
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """A round that is open at a tier: the tier below makes a proposal, this one judges it."""

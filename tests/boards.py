@@ -16,7 +16,13 @@ SEED = 0xFEDC_BA98_7654_3210
 
 
 def make_board(
-    vocab: int, count: int, *, tiers: int = 2, capacity: int = 100, temperature: float = 0.7, lists: bool = True
+    vocab: int,
+    count: int,
+    *,
+    tiers: int = 2,
+    capacity: int = 100,
+    temperature: float = 0.7,
+    lists: bool = True,
 ) -> Board:
     """A board with `count` rows to spare, every result poisoned and an outer round open at `BASE`."""
     board = Board.allocate(tiers, 2 * count + 2, capacity, vocab, lists=lists, device=DEVICE)
@@ -30,7 +36,9 @@ def make_board(
     return board
 
 
-def open_verify(board: Board, tokens: list[int], *, level: int = 1, base: int = BASE, limit: int = 90) -> None:
+def open_verify(
+    board: Board, tokens: list[int], *, level: int = 1, base: int = BASE, limit: int = 90
+) -> None:
     """A proposal of `tokens` of the tier below `level` from `base` on, all drawn by that tier."""
     end, tiers = base + len(tokens), board.tiers_count
     board.tokens[base:end] = torch.tensor(tokens, device=DEVICE)

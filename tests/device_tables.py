@@ -65,9 +65,7 @@ class TableForward:
         logits = self.tier.forward(window, r.start, wanted, r.kv_bound)
         assert logits is not None
         first = int(r.decided) - int(r.first)
-        leave_rows(
-            logits[:, : r.vocab_size], first, positions, r.seed, r.temperature, r.rows, r.statistics
-        )
+        leave_rows(logits[:, : r.vocab_size], first, positions, r.seed, r.temperature, r.rows, r.statistics)
 
 
 class DeviceTableTier(TableTier):

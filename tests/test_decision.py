@@ -198,7 +198,9 @@ def test_residual_of_a_token_that_tier_0_drew_at_a_fuzzy_tier() -> None:
         if accepted < 2:
             row = slice(accepted, accepted + 1)
             noise = ops.random_words(case.seed, case.positions[row], ops.PURPOSE_RESIDUAL, 1, VOCAB)
-            token = int(ops.residual_token(case.processed(p[row]), case.processed(case.q[row]), ops.gumbel(noise)))
+            token = int(
+                ops.residual_token(case.processed(p[row]), case.processed(case.q[row]), ops.gumbel(noise))
+            )
         assert board.tokens[BASE : BASE + accepted + 1].tolist() == [*tokens[:accepted], token]
         fell.append(accepted)
     assert 0 in fell

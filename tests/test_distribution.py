@@ -34,7 +34,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def decode(rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[TorchRounds] = TorchRounds) -> Tensor:
+def decode(
+    rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[TorchRounds] = TorchRounds
+) -> Tensor:
     count = len(rules) + 1
     plan = Plan(tuple(rules), LENGTHS[count], inner_rounds, host_control=False, noisy=True, filters=False)
     seeds = torch.arange(RUNS) * 0x9E3779B97F4A7C1 + 17

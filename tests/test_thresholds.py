@@ -30,7 +30,9 @@ def rows_of_all_kinds(vocab: int) -> torch.Tensor:
     return rows
 
 
-def with_filters(vocab: int, rows: torch.Tensor, temperature: float, values: tuple[int, float, float]) -> Board:
+def with_filters(
+    vocab: int, rows: torch.Tensor, temperature: float, values: tuple[int, float, float]
+) -> Board:
     board = make_board(vocab, rows.shape[0], temperature=temperature)
     for name, value in zip(("top_k", "top_p", "min_p"), values, strict=True):
         getattr(board, name).fill_(value)
