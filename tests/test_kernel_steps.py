@@ -14,7 +14,7 @@ from oracle import DEVICE
 from tables import TableTier, random_tables, total_variation
 from torch import Tensor
 
-from pyramid_rt import Fuzzy, Match, Rejection
+from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
 from pyramid_rt.kernel_steps import KernelRounds, KernelSteps, Stage, processed_tiers
 from pyramid_rt.kernels.common import Launch
 from pyramid_rt.recursion import Rounds
@@ -200,6 +200,33 @@ def test_rows_that_cannot_be_decided_are_reported_alike(level, value):
     assert firsts[0] == level
 
 
+class KernelPyramid(Pyramid):
+    """A pyramid whose rounds are launches."""
+
+    def _state(self, plan: Plan) -> State:
+        return State.on_board(plan, self.max_seq, self.vocab_size, self.device)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"method": "sd"}], ids=str)
+def test_a_whole_generation(options):
+    """Through prompt, rounds, statistics and log-probabilities, end-of-sequence included."""
+    results = []
+    for kind, tier in ((Pyramid, TableTier), (KernelPyramid, DeviceTableTier)):
+        tiers = [tier(f"t{i}", table, max_seq=MAX_SEQ) for i, table in enumerate(tables_of(3, 5))]
+        rt = kind(tiers, control="device", eos_token_ids=[3])
+        out = rt.generate(
+            [1, 2, 0], max_new_tokens=8, temperature=0.8, seed=6, draft_length=2, qualifier_length=3, logprobs=2,
+            qualifier_threshold=0.1, **options,
+        )  # fmt: skip
+        results.append(out)
+    expected, found = results
+    assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
+    assert len(found.tokens) > 2
+    assert found.logprobs == expected.logprobs
+    for mine, theirs in zip(expected.stats.tiers, found.stats.tiers, strict=True):
+        assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
+
+
 def launches(stages: Sequence[Stage]) -> list[str]:
     """Names of a round's kernels, forward passes by their tier."""
     return [
@@ -222,7 +249,7 @@ def launches(stages: Sequence[Stage]) -> list[str]:
 )
 def test_launches_of_a_round(rules, filters, beside):
     plan = Plan(rules, (2, 3), 2, False, True, filters)
-    state, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
+    _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
     assert isinstance(rounds, KernelRounds)
     stages = rounds.stages(MAX_SEQ)
     names = launches(stages)
