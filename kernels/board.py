@@ -152,7 +152,10 @@ class Board:
             counters=zeros(n, COUNTERS, dtype=torch.int64),
             rows=zeros(n, r, padded),
             statistics=TileStatistics(
-                *(zeros(n, r, tile_count) for _ in range(3)), zeros(n, r, tile_count, dtype=torch.int32)
+                peak=zeros(n, r, tile_count),
+                total=zeros(n, r, tile_count),
+                best=zeros(n, r, tile_count),
+                token=zeros(n, r, tile_count, dtype=torch.int32),
             ),
             own=zeros(n, r, dtype=torch.int64),
             normaliser=zeros(n, r),
@@ -189,6 +192,18 @@ class Board:
         s = self.statistics
         tensors = [value for value in (*own, s.peak, s.total, s.best, s.token) if isinstance(value, Tensor)]
         return sum(value.numel() * value.element_size() for value in tensors)
+
+    def sequence(self) -> tuple[Tensor, ...]:
+        """What a commit writes, in the order of the kernels' arguments; flags as the bytes they are."""
+        return (
+            self.control,
+            self.ended.view(torch.uint8),
+            self.tokens,
+            self.origin,
+            self.counters,
+            self.stop_mask.view(torch.uint8),
+            self.source,
+        )
 
     def word(self, index: int) -> Tensor:
         """A word of `control` as a tensor of shape []."""

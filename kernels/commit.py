@@ -106,4 +106,5 @@ def commit(
             end = position + 1
         tl.store(control_ptr, end)
         tl.store(ended_ptr, ended.to(tl.uint8))
+    tl.debug_barrier()
     mark(control_ptr, end, (end < limit) & (ended == 0), until, N, LEVEL, UNTIL)

@@ -115,20 +115,21 @@ def listed_logs(
 @triton.jit
 def bucketed_divergence(
     q_row_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor, length: tl.tensor, p_tail: tl.tensor,
-    q_tail: tl.tensor, bound: tl.tensor, most: tl.tensor, temperature: tl.tensor, q_normaliser: tl.tensor,
+    q_tail: tl.tensor, bound: tl.tensor, temperature: tl.tensor, q_normaliser: tl.tensor,
     q_cut: tl.tensor, q_own: tl.tensor, KIND: tl.constexpr, TOP: tl.constexpr, PROCESSED: tl.constexpr,
-    SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Sum of the terms of the TOP most likely listed entries and of one bucket for all the rest.
 
-    `values` holds the log-probabilities of p, all from `bound` up to `most`; p_tail and q_tail weigh what is not
+    `values` holds the log-probabilities of p, all from `bound` on; p_tail and q_tail weigh what is not
     listed.
     """
+    most = q_normaliser * 0.0 + 1.0
     border = order_key(bound) - 1
     if length > TOP:
-        border = least_key(values_ptr, length, bound, most, most, TOP, False, SEARCH)
+        border = least_key(values_ptr, length, bound, most, most, TOP, False, BLOCK)
     # Of the entries at the border itself, so many are in.
-    nearer, _ = listed_from(values_ptr, length, border + 1, most, SEARCH)
+    nearer, _ = listed_from(values_ptr, length, border + 1, most, BLOCK)
     room = TOP - nearer.to(tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     p_rest = tl.zeros((BLOCK,), tl.float32)

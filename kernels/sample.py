@@ -12,8 +12,7 @@ import triton.language as tl
 
 from pyramid_rt.kernels.board import Board, mark
 from pyramid_rt.kernels.common import Launch
-from pyramid_rt.kernels.rows import row_normaliser, row_winner
-from pyramid_rt.kernels.thresholds import power_of_two
+from pyramid_rt.kernels.rows import power_of_two, row_normaliser, row_winner
 
 OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
@@ -125,8 +124,7 @@ def plan(board: Board, level: int, *, first: bool, stored: bool) -> Launch:
         sample_kernel,
         (1, 1, 1),
         (
-            board.control, board.ended.view(torch.uint8), board.tokens, board.origin, board.counters,
-            board.stop_mask.view(torch.uint8), board.source, s.peak, s.total, s.best, s.token, board.own,
+            *board.sequence(), s.peak, s.total, s.best, s.token, board.own,
             board.flawed, board.rows.shape[1], tile_count, board.vocab_size,
         ),
         {

@@ -21,6 +21,7 @@ from pyramid_rt.kernels.board import BLOCK, CHUNK, TILE, Board
 from pyramid_rt.kernels.common import Launch, arrive, tiles
 from pyramid_rt.kernels.noise import gumbel_at
 from pyramid_rt.kernels.rows import (
+    SEARCH,
     divisor,
     join_lists,
     key_value,
@@ -29,6 +30,7 @@ from pyramid_rt.kernels.rows import (
     listed_from,
     near_bound,
     order_key,
+    power_of_two,
     row_normaliser,
     row_winner,
     scaled_logits,
@@ -36,8 +38,6 @@ from pyramid_rt.kernels.rows import (
     tile_gaps,
 )
 
-# Listed values that are held against sixteen keys at a time; more would not fit the registers.
-SEARCH = 256
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
@@ -116,6 +116,27 @@ def load_values(
         x = tl.load(row_ptr + index, mask=at < length, other=0.0)
         tl.store(values_ptr + at, scaled_logits(x, divide), mask=at < length)
     tl.debug_barrier()
+
+
+@triton.jit
+def filter_row(
+    row_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor, length: tl.tensor, bound: tl.tensor,
+    top: tl.tensor, mass: tl.tensor, token: tl.tensor, temperature: tl.tensor, seed_ptr: tl.tensor,
+    position: tl.tensor, top_k_ptr: tl.tensor, top_p_ptr: tl.tensor, min_p_ptr: tl.tensor, vocab: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Cut, weight of what stands, and own token of a row, from its listed entries and its unfiltered winner."""
+    cut = top * 0.0 + float("-inf")
+    if temperature > 0.0:
+        divide = divisor(temperature)
+        load_values(row_ptr, found_ptr, values_ptr, length, divide, BLOCK)
+        cut = find_cut(
+            values_ptr, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK
+        )  # fmt: skip
+        _, mass = listed_from(values_ptr, length, order_key(cut), top, BLOCK)
+        if scaled_logits(tl.load(row_ptr + token), divide) < cut:
+            token = filtered_winner(values_ptr, found_ptr, length, cut, seed_ptr, position, BLOCK)
+    return cut, mass, token
 
 
 @triton.jit
@@ -230,43 +251,19 @@ def thresholds_kernel(
             _, flawed = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
             cut = top * 0.0 + float("-inf")
             if FILTERS:
-                if temperature > 0.0:
-                    length = join_lists(
-                        amounts_ptr + slot * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK,
-                        SLOTS, SEARCH,
-                    )  # fmt: skip
-                    load_values(
-                        rows_ptr + place * padded,
-                        found_ptr + list_at,
-                        values_ptr + list_at,
-                        length,
-                        divide,
-                        BLOCK,
-                    )
-                    cut = find_cut(
-                        values_ptr + list_at,
-                        length,
-                        bound,
-                        top,
-                        mass,
-                        top_k_ptr,
-                        top_p_ptr,
-                        min_p_ptr,
-                        vocab,
-                        SEARCH,
-                    )
-                    _, mass = listed_from(values_ptr + list_at, length, order_key(cut), top, SEARCH)
-                    winner = scaled_logits(tl.load(rows_ptr + place * padded + token), divide)
-                    if winner < cut:
-                        token = filtered_winner(
-                            values_ptr + list_at,
-                            found_ptr + list_at,
-                            length,
-                            cut,
-                            seed_ptr,
-                            decided + step,
-                            SEARCH,
-                        )
+                length = join_lists(
+                    amounts_ptr + slot * CHUNKS,
+                    picked_ptr + list_at,
+                    found_ptr + list_at,
+                    CHUNKS,
+                    CHUNK,
+                    SLOTS,
+                    SEARCH,
+                )
+                cut, mass, token = filter_row(
+                    rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, bound, top, mass,
+                    token, temperature, seed_ptr, decided + step, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH,
+                )  # fmt: skip
             tl.store(own_ptr + place, token)
             tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
             tl.store(cut_ptr + place, cut)
@@ -312,8 +309,3 @@ def plan(board: Board, level: int, count: int, *, draw: bool, filters: bool, bel
             **OPTIONS,
         },
     )  # fmt: skip
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two not below `size`."""
-    return 1 << (size - 1).bit_length()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -140,6 +141,8 @@ class KernelRounds:
         clock: times every forward pass where given.
     """
 
+    steps_class: ClassVar[type[KernelSteps]] = KernelSteps
+
     def __init__(
         self,
         tiers: Sequence[DeviceTier],
@@ -161,7 +164,7 @@ class KernelRounds:
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:
         """An outer round that looks at the cache up to `kv_bound`; written down at the first call."""
         if kv_bound not in self._recorded:
-            steps = KernelSteps(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
+            steps = self.steps_class(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
             Recursion(self.plan, steps).outer_round()
             self._recorded[kv_bound] = tuple(steps.stages)
         return self._recorded[kv_bound]

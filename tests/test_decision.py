@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Case:
     q: Tensor
     tokens: list[int]
     temperature: float = 0.7
-    seed: Tensor = torch.tensor([0x7654_3210, 0xFEDC_BA98])
+    seed: Tensor = field(default_factory=lambda: torch.tensor([0x7654_3210, 0xFEDC_BA98]))
 
     @property
     def positions(self) -> Tensor:
