@@ -119,7 +119,7 @@ def finalists(
     promising = SECOND_CHANCE * considered[0].tokens_per_second
     seconds = [one for one in second.values() if one.tokens_per_second >= promising]
     ordered = [baseline, *best.values(), *([current] if current else []), *seconds]
-    return list({one.setting: one for one in reversed(ordered)}.values())[::-1]
+    return list({one.setting: one for one in ordered}.values())
 
 
 def _rounded_up(value: float) -> float:

@@ -343,10 +343,13 @@ class _Session:
         return race
 
     def _affordable(self, contenders: Sequence[Prediction]) -> list[Prediction]:
-        """The first of the contenders, the baseline at least, that can be run once on one prompt in time."""
+        """The first contenders, two of them at least, that can be warmed up and run on one prompt in time."""
+        turns = 1 + min(1.0, WARM_UP_TOKENS / self.traces[0].length)
         kept: list[Prediction] = []
+        needed = 0.0
         for contender in contenders:
-            if len(kept) > 1 and self._late(1.0, sum(one.seconds[0] for one in (*kept, contender))):
+            needed += turns * contender.seconds[0]
+            if len(kept) > 1 and self._late(1.0, needed):
                 break
             kept.append(contender)
         return kept
