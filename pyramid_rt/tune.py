@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"
 PROBE_PROMPTS = 3
 SEARCH_TOKENS = 500
+LEAST_TOKENS = 16
+# The share of the budget that one text of the target may take; texts are shortened to that.
+ONE_TEXT_SHARE = 0.1
 # Shares of the budget after which a stage begins nothing further.
 TEXT_SHARE, PASSES_SHARE, PROBE_SHARE = 0.25, 0.35, 0.45
 # Options of `generate` that are the same for all settings.
@@ -43,7 +46,8 @@ class TuneOptions:
     Attributes:
         max_new_tokens: length of each output, >= 2; an end-of-sequence ends it earlier.
         repeats: how often the finalists are measured, >= 1.
-        budget: seconds for everything, > 0. What must be measured once is, even if that takes longer.
+        budget: seconds for everything, > 0. Texts are shortened, prompts, finalists and repeats left out to keep
+            to it; what is then left is measured once, even if that takes longer.
         common: those of `COMMON` that are not to be the pyramid's defaults.
         lossy: consider `fsd`, `psd_a` and `psd_f` too.
         max_differs: for lossy methods, the largest share of tokens that are not the target's own, in 0..1.
@@ -103,6 +107,7 @@ class Tuning:
         costs, traces: what was measured; traces by prompt that was used.
         considered: every setting the model looked at, on the first traces, fastest first.
         rows: those that were run, `ar` first.
+        length: most tokens of each output, fewer than asked for where the budget is small.
         prompts: how many prompts the rows were measured on, of `prompts_given`.
         repeats: how often.
         chosen: the fastest row that is allowed.
@@ -115,6 +120,7 @@ class Tuning:
     traces: tuple[Trace, ...]
     considered: tuple[Prediction, ...]
     rows: tuple[Row, ...]
+    length: int
     prompts: int
     prompts_given: int
     repeats: int
@@ -171,6 +177,7 @@ class _Session:
         self.pyramid, self.options, self.clock, self.on_step = pyramid, options, clock, on_step
         params = SamplingParams.build(options.common, pyramid.defaults)
         self.common = {name: getattr(params, name) for name in COMMON}
+        self.length = options.max_new_tokens
         self.begin = clock()
 
     def run(self, given: Sequence[Sequence[int]]) -> Tuning:
@@ -213,6 +220,7 @@ class _Session:
             traces=self.traces,
             considered=tuple(considered),
             rows=rows,
+            length=self.length,
             prompts=len(race.repeats[0]),
             prompts_given=len(given),
             repeats=len(race.repeats),
@@ -229,7 +237,7 @@ class _Session:
         result = self.pyramid.generate(
             list(prompt),
             **{**self.common, **setting.options()},
-            max_new_tokens=tokens or self.options.max_new_tokens,
+            max_new_tokens=min(tokens or self.length, self.length),
             inner_rounds=None,
             seed=seed,
         )
@@ -240,12 +248,16 @@ class _Session:
 
     def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
         """What the target writes after as many prompts as the time allows."""
-        self._run(given[0], Setting(BASELINE), 0, WARM_UP_TOKENS)
+        baseline = Setting(BASELINE)
+        self._run(given[0], baseline, 0, WARM_UP_TOKENS)
+        short = self._run(given[0], baseline, 0, WARM_UP_TOKENS)
+        affordable = ONE_TEXT_SHARE * self.options.budget * len(short.tokens) / short.seconds
+        self.length = min(self.length, max(LEAST_TOKENS, int(affordable)))
         texts: list[_Text] = []
         for index, prompt in enumerate(given):
             if texts and self._late(TEXT_SHARE):
                 break
-            run = self._run(prompt, Setting(BASELINE), len(texts))
+            run = self._run(prompt, baseline, len(texts))
             if len(run.tokens) > 1:
                 texts.append(_Text(index, run))
         return texts

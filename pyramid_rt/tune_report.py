@@ -43,11 +43,13 @@ def words(tuning: Tuning) -> list[str]:
     left = tuning.prompts_given - tuning.prompts
     run = (
         f"The model priced {len(tuning.considered):,} settings; {len(tuning.rows)} were run, taking turns, "
-        f"{how}, on {_count(tuning.prompts, 'prompt')} of up to {tuning.options.max_new_tokens} new tokens; "
+        f"{how}, on {_count(tuning.prompts, 'prompt')} of up to {tuning.length} new tokens; "
         f"median of {tuning.repeats}."
     )
     if left:
         run += f" {_count(left, 'prompt')} left out: the time was over, or the target had nothing to say."
+    if tuning.length < tuning.options.max_new_tokens:
+        run += f" The time was too short for {tuning.options.max_new_tokens} tokens."
     if tuning.repeats < tuning.options.repeats:
         run += f" The time was over before repeat {tuning.repeats + 1} of {tuning.options.repeats}."
     return [run, *_equality(tuning), _three_tiers(tuning), _choice(tuning)]
@@ -86,6 +88,7 @@ def tuning_object(tuning: Tuning, machine: str) -> dict[str, Any]:
             {**asdict(row), "prediction": _prediction(row.prediction), "lossless": row.setting.lossless}
             for row in tuning.rows
         ],
+        "length": tuning.length,
         "prompts": {"given": tuning.prompts_given, "used": tuning.prompts},
         "repeats": tuning.repeats,
         "chosen": tuning.defaults(),

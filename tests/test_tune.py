@@ -210,26 +210,27 @@ def test_a_lossless_method_that_lost_something_is_reported(
 # How long it takes.
 
 
-@pytest.mark.parametrize("budget", [150.0, 400.0, 1500.0])
-def test_it_keeps_to_its_budget(clock: FakeClock, budget: float) -> None:
+@pytest.mark.parametrize(("budget", "length"), [(150.0, 16), (300.0, 30), (1500.0, 40)])
+def test_it_keeps_to_its_budget(clock: FakeClock, budget: float, length: int) -> None:
     prompts = [[1, 2, place % VOCAB] for place in range(12)]
     costs = [flat(0.01), flat(0.1), flat(1.0)]
     tuning = search(made_up(clock, [0.8, 0.9], costs), clock, prompts, budget=budget, repeats=50)
     assert clock.now <= budget
     assert tuning.repeats < 50
     assert len(tuning.rows) >= 2
-    if budget < 1000:
-        assert tuning.prompts < 12
-        assert "left out" in said(tuning)
+    assert tuning.length == length  # a token takes a second, and a text may take a tenth of the budget
+    assert ("too short for 40 tokens" in said(tuning)) == (length < 40)
+    assert tuning.prompts < 12
+    assert "left out" in said(tuning)
     assert "The time was over before repeat" in said(tuning)
 
 
 def test_without_time_everything_is_still_measured_once(clock: FakeClock) -> None:
     costs = [flat(0.01), flat(0.1), flat(1.0)]
     tuning = search(made_up(clock, [0.8, 0.9], costs), clock, budget=0.5)
-    assert (tuning.prompts, tuning.repeats) == (1, 1)
+    assert (tuning.length, tuning.prompts, tuning.repeats) == (16, 1, 1)
     assert len(tuning.rows) == 2
-    assert clock.now < 400  # 40 tokens of ar take 40
+    assert clock.now < 150
 
 
 def test_prompts_after_which_the_target_says_nothing_are_left_out(clock: FakeClock) -> None:
