@@ -16,10 +16,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from pyramid_rt import api, directory, report, tune_report
 from pyramid_rt.compare import compare
+from pyramid_rt.defaults import check_tunable, write_defaults
 from pyramid_rt.errors import InputError, PyramidError
 from pyramid_rt.params import Options
 from pyramid_rt.prompts import FilePrompt, encode, read_prompts
-from pyramid_rt.tune import TuneOptions, check_tunable, tune, write_defaults
+from pyramid_rt.tune import TuneOptions, tune
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid

@@ -1,22 +1,19 @@
-"""The search behind ``tune``: measure, predict every setting, really run the best few, choose, write it down."""
+"""The search behind ``tune``: measure, predict every setting, really run the best few, choose."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyramid_rt.candidates import DEPENDS_ON, finalists, settings, widest
 from pyramid_rt.compare import BASELINE, WARM_UP_TOKENS
-from pyramid_rt.directory import PYRAMID_FILE, PyramidDirectory, _path_from, _write_atomically
-from pyramid_rt.errors import InputError, WeightsError
+from pyramid_rt.defaults import NOTHING_TO_TUNE
+from pyramid_rt.errors import InputError
 from pyramid_rt.measuring import Clock, Probe, calibrated, device_clock, record, time_passes
 from pyramid_rt.methods import TIERS_NEEDED, tiers_of
 from pyramid_rt.params import SamplingParams
@@ -27,10 +24,11 @@ from pyramid_rt.throughput import Costs, Prediction, Setting, Trace, predict, re
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
 
-NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"
 PROBE_PROMPTS = 3
 SEARCH_TOKENS = 500
 LEAST_TOKENS = 16
+SPARE = 1.1  # for what the model may be wrong by when it says how long the finalists will take
+LOSSY_GAIN = 1.05
 # The share of the budget that one text of the target may take; texts are shortened to that.
 ONE_TEXT_SHARE = 0.1
 # Shares of the budget after which a stage begins nothing further.
@@ -108,7 +106,8 @@ class Tuning:
         considered: every setting the model looked at, on the first traces, fastest first.
         rows: those that were run, `ar` first.
         length: most tokens of each output, fewer than asked for where the budget is small.
-        prompts: how many prompts the rows were measured on, of `prompts_given`.
+        prompts: how many prompts the rows were measured on, of `prompts_given`; after `prompts_silent` of those the
+            target ended its text at once.
         repeats: how often.
         chosen: the fastest row that is allowed.
     """
@@ -123,6 +122,7 @@ class Tuning:
     length: int
     prompts: int
     prompts_given: int
+    prompts_silent: int
     repeats: int
     chosen: Row
 
@@ -177,7 +177,7 @@ class _Session:
         self.pyramid, self.options, self.clock, self.on_step = pyramid, options, clock, on_step
         params = SamplingParams.build(options.common, pyramid.defaults)
         self.common = {name: getattr(params, name) for name in COMMON}
-        self.length = options.max_new_tokens
+        self.length, self.silent = options.max_new_tokens, 0
         self.begin = clock()
 
     def run(self, given: Sequence[Sequence[int]]) -> Tuning:
@@ -189,20 +189,20 @@ class _Session:
         self.prompts = [list(given[text.prompt]) for text in texts]
         self.on_step("what the tiers say")
         recorded = [
-            record(self.pyramid, prompt, text.run.tokens, self._params(seed), self.clock)
+            record(self.pyramid, prompt, text.tokens, self._params(seed), self.clock)
             for seed, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True))
         ]
         self.traces = tuple(trace for trace, _ in recorded)
         self.on_step("seconds of forward passes")
         curves = time_passes(
             self.pyramid,
-            [*self.prompts[-1], *texts[-1].run.tokens],
+            [*self.prompts[-1], *texts[-1].tokens],
             widest(len(self.pyramid.tiers)),
             self.clock,
             self.begin + PASSES_SHARE * self.options.budget,
         )
         self.costs = Costs(curves, tuple(zip(*(seconds for _, seconds in recorded), strict=True)))
-        self.costs = calibrated(self.costs, list(self._probes(texts)))
+        self.costs = calibrated(self.costs, self._probes())
         self.on_step("the model")
         shown = self._some_traces()
         considered = [self._predict(s, shown) for s in settings(self.traces, self.options.lossy)]
@@ -223,6 +223,7 @@ class _Session:
             length=self.length,
             prompts=len(race.repeats[0]),
             prompts_given=len(given),
+            prompts_silent=self.silent,
             repeats=len(race.repeats),
             chosen=choose(rows, self.options.max_differs),
         )
@@ -259,25 +260,27 @@ class _Session:
                 break
             run = self._run(prompt, baseline, len(texts))
             if len(run.tokens) > 1:
-                texts.append(_Text(index, run))
+                texts.append(_Text(index, run.tokens))
+            else:
+                self.silent += 1
         return texts
 
-    def _probes(self, texts: Sequence[_Text]) -> Iterator[Probe]:
-        """Timed generations of a few settings, from which the costs are calibrated."""
-        yield self._probe(Setting(BASELINE), [text.run for text in texts])
-        others = [Setting("sd", 4)]
+    def _probes(self) -> list[Probe]:
+        """Timed generations of a few settings, taking turns, from which the costs are calibrated."""
+        settings = [Setting(BASELINE), Setting("sd", 4)]
         if len(self.pyramid.tiers) > 2:
-            others.append(Setting("psd", 3, 4, 0.0))
+            settings.append(Setting("psd", 3, 4, 0.0))
         elif self.options.lossy:
-            others.append(Setting("fsd", 4, target_threshold=0.0))
-        for setting in others:
+            settings.append(Setting("fsd", 4, target_threshold=0.0))
+        for setting in settings[1:]:
             self._run(self.prompts[0], setting, 0, WARM_UP_TOKENS)
-            runs: list[_Run] = []
-            for seed, prompt in enumerate(self.prompts[:PROBE_PROMPTS]):
-                if runs and self._late(PROBE_SHARE):
-                    break
-                runs.append(self._run(prompt, setting, seed))
-            yield self._probe(setting, runs)
+        turns: list[list[_Run]] = []
+        for seed, prompt in enumerate(self.prompts[:PROBE_PROMPTS]):
+            if turns and self._late(PROBE_SHARE):
+                break
+            turns.append([self._run(prompt, setting, seed) for setting in settings])
+        runs = zip(*turns, strict=True)
+        return [self._probe(setting, mine) for setting, mine in zip(settings, runs, strict=True)]
 
     def _probe(self, setting: Setting, runs: Sequence[_Run]) -> Probe:
         """What running a setting on the first prompts says about the costs."""
@@ -360,7 +363,7 @@ class _Session:
         kept: list[Prediction] = []
         needed = 0.0
         for contender in contenders:
-            needed += turns * contender.seconds[0]
+            needed += SPARE * turns * contender.seconds[0]
             if len(kept) > 1 and self._late(1.0, needed):
                 break
             kept.append(contender)
@@ -406,7 +409,7 @@ class _Text:
     """What the target wrote after a prompt, by the prompt's place among those given."""
 
     prompt: int
-    run: _Run
+    tokens: list[int]
 
 
 @dataclass
@@ -431,55 +434,15 @@ def _acceptance(runs: Sequence[_Run]) -> dict[str, float | None]:
 
 
 def choose(rows: Sequence[Row], max_differs: float) -> Row:
-    """The row with the highest ratio to the baseline, of the lossless ones and those that differ little enough."""
-    allowed = [row for row in rows if row.differs is None or row.differs <= max_differs]
-    return max(allowed, key=lambda row: row.ratio)
+    """The row with the highest ratio to the baseline.
 
-
-def check_tunable(directory: str | Path, *, writing: bool) -> None:
-    """Check before any work that a directory has tiers to choose from and, where asked, can be written to.
-
-    Raises:
-        InputError: it has one tier, or it cannot be written to.
-        WeightsError: it is no weights directory.
+    A lossy one must keep to `max_differs`, and be faster than the best lossless one by the factor `LOSSY_GAIN`:
+    nobody should give up the target's own text for the noise of a measurement.
     """
-    opened = PyramidDirectory.open(directory)
-    if len(opened.tiers) < 2:
-        raise InputError(f"{directory}: {NOTHING_TO_TUNE}")
-    # The file is replaced, so what counts is the directory that it really is in.
-    folder = (opened.path / PYRAMID_FILE).resolve().parent
-    if writing and not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written to; --dry-run only prints")
-
-
-def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
-    """Put defaults into a directory's ``pyramid.json`` and keep whatever else it says; made where there is none.
-
-    One default goes: `inner_rounds`, where `qualifier_length` is given, which it would override.
-
-    Args:
-        directory: a weights directory.
-        defaults: those to set.
-
-    Returns: the path of the file.
-
-    Raises:
-        WeightsError: it is no weights directory, its file is wrong, or it cannot be written.
-    """
-    opened = PyramidDirectory.open(directory)
-    file = (opened.path / PYRAMID_FILE).resolve()
-    try:
-        if file.exists():
-            content = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            content = {name: _path_from(opened.path, path) for name, path in opened.tiers.items()}
-        merged = {**content.get("defaults", {}), **defaults}
-        if "qualifier_length" in defaults:
-            merged.pop("inner_rounds", None)
-        _write_atomically(file, {**content, "defaults": merged})
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
-    return file
+    best = max((row for row in rows if row.differs is None), key=lambda row: row.ratio)
+    lossy = [row for row in rows if row.differs is not None and row.differs <= max_differs]
+    fastest = max(lossy, key=lambda row: row.ratio, default=best)
+    return fastest if fastest.ratio >= LOSSY_GAIN * best.ratio else best
 
 
 def _check(name: str, value: object, expected: str, valid: bool) -> None:

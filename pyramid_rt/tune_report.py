@@ -16,6 +16,8 @@ from pyramid_rt.throughput import Prediction, Setting
 from pyramid_rt.tune import Row, Tuning
 
 _WIDTHS_SHOWN = (1, 2, 4, 8, 16, 32)
+_KEY = "* chosen. Lengths: draft / qualifier. Thresholds: qualifier / target, of those that the method has."
+# Options of a setting: how they are said.
 _WRITTEN = {
     "draft_length": "draft {}",
     "qualifier_length": "qualifier {}",
@@ -31,6 +33,7 @@ def print_tuning(console: Console, tuning: Tuning) -> None:
     console.print(_agreement(tuning))
     console.print()
     console.print(_finalists(tuning))
+    console.print(_KEY, style="dim")
     console.print()
     for sentence in words(tuning):
         console.print(sentence)
@@ -40,14 +43,16 @@ def words(tuning: Tuning) -> list[str]:
     """What was run, whether lossless settings kept their promise, and what the race says, a sentence or two each."""
     temperature = tuning.common["temperature"]
     how = "greedy" if temperature == 0 else f"at temperature {temperature:g}"
-    left = tuning.prompts_given - tuning.prompts
+    left = tuning.prompts_given - tuning.prompts - tuning.prompts_silent
     run = (
         f"The model priced {len(tuning.considered):,} settings; {len(tuning.rows)} were run, taking turns, "
         f"{how}, on {_count(tuning.prompts, 'prompt')} of up to {tuning.length} new tokens; "
         f"median of {tuning.repeats}."
     )
+    if tuning.prompts_silent:
+        run += f" After {_count(tuning.prompts_silent, 'prompt')} the target ended its text at once."
     if left:
-        run += f" {_count(left, 'prompt')} left out: the time was over, or the target had nothing to say."
+        run += f" {_count(left, 'prompt')} left out: the time was over."
     if tuning.length < tuning.options.max_new_tokens:
         run += f" The time was too short for {tuning.options.max_new_tokens} tokens."
     if tuning.repeats < tuning.options.repeats:
@@ -138,31 +143,33 @@ def _pairs(tuning: Tuning) -> list[tuple[int, int]]:
 
 def _finalists(tuning: Tuning) -> Table:
     table = _table("method")
-    for header in ("draft\nlength", "qualifier\nlength", "qualifier\nthreshold", "target\nthreshold"):
-        table.add_column(header, justify="right")
-    for header in ("tokens/s\npredicted", "tokens/s\nmeasured", f"x {BASELINE}", "tokens per\ntarget pass"):
+    table.add_column("lengths")
+    table.add_column("thresholds")
+    for header in ("tokens/s\nmodel", "\nmeasured", f"\nx {BASELINE}", "tokens per\ntarget pass"):
         table.add_column(header, justify="right")
     names = list(dict.fromkeys(name for row in tuning.rows for name in row.acceptance))
     for name in names:
         table.add_column(f"{name}\naccepted", justify="right")
     table.add_column("lossless")
-    table.add_column("tokens")
     for row in sorted(tuning.rows, key=lambda row: -row.ratio):
         setting, chosen = row.setting, row is tuning.chosen
-        values = [getattr(setting, name) for name in _WRITTEN]
         table.add_row(
-            f"{setting.method}{' *' if chosen else ''}{' (set now)' if row.current else ''}",
-            *("" if value is None else f"{value:g}" for value in values),
+            f"{setting.method}{' *' if chosen else ''}{' (now)' if row.current else ''}",
+            _joined(setting.draft_length, setting.qualifier_length),
+            _joined(setting.qualifier_threshold, setting.target_threshold),
             f"{row.prediction.tokens_per_second:.1f}",
             f"{row.tokens_per_second:.1f}",
             f"{row.ratio:.2f}",
             "–" if row.tokens_per_target_forward is None else f"{row.tokens_per_target_forward:.2f}",
             *(_share(row.acceptance, name) for name in names),
-            "yes" if setting.lossless else "no",
-            _tokens(row, tuning),
+            _lossless(row, tuning),
             style="bold" if chosen else None,
         )
     return table
+
+
+def _joined(*values: float | None) -> str:
+    return " / ".join(f"{value:g}" for value in values if value is not None)
 
 
 def _share(acceptance: dict[str, float | None], name: str) -> str:
@@ -170,14 +177,14 @@ def _share(acceptance: dict[str, float | None], name: str) -> str:
     return "" if name not in acceptance else "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _tokens(row: Row, tuning: Tuning) -> str:
-    """How a row's tokens stand to the baseline's."""
+def _lossless(row: Row, tuning: Tuning) -> str:
+    """Whether a row is lossless, and how its tokens stand to the target's own."""
     if row.differs is not None:
-        over = " (too many)" if row.differs > tuning.options.max_differs else ""
-        return f"{100 * row.differs:.1f} % not the target's{over}"
+        over = ", too many" if row.differs > tuning.options.max_differs else ""
+        return f"no: {100 * row.differs:.1f} % differ{over}"
     if row.unequal is None:
-        return "drawn anew"
-    return f"as {BASELINE}" if not row.unequal else f"NOT as {BASELINE} in {row.unequal}"
+        return "yes, by other tokens"
+    return f"yes: as {BASELINE}" if not row.unequal else f"yes, but {row.unequal} NOT as {BASELINE}"
 
 
 def _equality(tuning: Tuning) -> list[str]:

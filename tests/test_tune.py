@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ import pytest
 from positions import VOCAB, FakeClock, logits_of, pyramid_of, related
 from rich.console import Console
 
-from pyramid_rt import InputError, Pyramid, WeightsError, cli, load
+from pyramid_rt import InputError, Pyramid, cli, load
 from pyramid_rt.api import demo_weights
-from pyramid_rt.directory import PyramidDirectory
-from pyramid_rt.tune import TuneOptions, Tuning, choose, tune, write_defaults
+from pyramid_rt.tune import TuneOptions, Tuning, choose, tune
 from pyramid_rt.tune_report import described, print_tuning, tuning_object, words
 
 PROMPTS = ([1, 2, 3], [4, 3, 2, 1], [1, 1])
@@ -155,6 +153,10 @@ def test_the_bound_is_on_what_was_measured(clock: FakeClock) -> None:
     tuning = search(nearly_tied(clock, 0.9), clock, lossy=True, max_differs=0.3)
     lossy = next(row for row in tuning.rows if not row.setting.lossless)
     assert choose(tuning.rows, 0.3) == lossy
+    best = max(row.ratio for row in tuning.rows if row.setting.lossless)
+    others = [row for row in tuning.rows if row.setting.lossless]
+    assert choose([*others, dataclasses.replace(lossy, ratio=1.04 * best)], 0.3).setting.lossless
+    assert not choose([*others, dataclasses.replace(lossy, ratio=1.06 * best)], 0.3).setting.lossless
     assert lossy.differs is not None
     assert choose(tuning.rows, lossy.differs - 1e-9).setting.lossless
 
@@ -241,7 +243,9 @@ def test_prompts_after_which_the_target_says_nothing_are_left_out(clock: FakeClo
     costs = [flat(0.01), flat(0.1), flat(1.0)]
     pyramid = pyramid_of([logits_of(tokens) for tokens in own], costs, clock, eos_token_ids=[VOCAB - 1])
     tuning = search(pyramid, clock)
-    assert (tuning.prompts, tuning.prompts_given) == (2, 3)
+    assert (tuning.prompts, tuning.prompts_given, tuning.prompts_silent) == (2, 3, 1)
+    assert "After 1 prompt the target ended its text at once." in said(tuning)
+    assert "left out" not in said(tuning)
     with pytest.raises(InputError, match="within two tokens"):
         search(pyramid, clock, [[1, 1]])
 
@@ -306,72 +310,11 @@ def test_the_report_holds_predicted_and_measured(clock: FakeClock) -> None:
     assert content["run"][0]["prediction"]["method"] == "ar"
 
 
-# What is written.
-
-
-def a_directory(tmp_path: Path, tiny_dir: Path, content: object = None) -> Path:
-    target = tmp_path / "pyramid"
-    shutil.copytree(tiny_dir, target)
-    if content is not None:
-        (target / "pyramid.json").write_text(json.dumps(content))
-    return target
-
-
-TIERS = {"target": "target", "draft": "draft"}
-
-
-def test_other_content_is_kept(tmp_path: Path, tiny_dir: Path) -> None:
-    defaults = {"temperature": 0.7, "method": "sd", "draft_length": 4, "inner_rounds": 2}
-    directory = a_directory(tmp_path, tiny_dir, {**TIERS, "defaults": defaults})
-    file = write_defaults(directory, {"method": "sd", "draft_length": 7})
-    expected = {"temperature": 0.7, "method": "sd", "draft_length": 7, "inner_rounds": 2}
-    assert json.loads(file.read_text()) == {**TIERS, "defaults": expected}
-    assert list(json.loads(file.read_text())) == ["target", "draft", "defaults"]
-    # A number of inner rounds would override the length that was just chosen.
-    write_defaults(directory, {"method": "psd", "qualifier_length": 8})
-    del expected["inner_rounds"]
-    expected |= {"method": "psd", "qualifier_length": 8}
-    assert json.loads(file.read_text())["defaults"] == expected
-
-
-def test_the_file_is_made_where_there_is_none(tmp_path: Path, tiny_dir: Path) -> None:
-    directory = a_directory(tmp_path, tiny_dir)
-    before = PyramidDirectory.open(directory)
-    file = write_defaults(directory, {"method": "sd", "draft_length": 3})
-    assert file == directory / "pyramid.json"
-    after = PyramidDirectory.open(directory)
-    assert {name: path.resolve() for name, path in after.tiers.items()} == {
-        name: path.resolve() for name, path in before.tiers.items()
-    }
-    assert after.defaults == {"method": "sd", "draft_length": 3}
-
-
-def test_a_link_stays_a_link(tmp_path: Path, tiny_dir: Path) -> None:
-    directory = a_directory(tmp_path, tiny_dir)
-    real = tmp_path / "kept.json"
-    real.write_text(json.dumps(TIERS))
-    (directory / "pyramid.json").symlink_to(real)
-    assert write_defaults(directory, {"method": "ar"}) == real
-    assert (directory / "pyramid.json").is_symlink()
-    assert json.loads(real.read_text()) == {**TIERS, "defaults": {"method": "ar"}}
-
-
-def test_a_failed_write_leaves_the_file_as_it_was(
-    tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = a_directory(tmp_path, tiny_dir, TIERS)
-    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(WeightsError, match="cannot write it: No space left"):
-        write_defaults(directory, {"method": "ar"})
-    assert {path: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
-
-
 # The command.
+
+
+def a_directory(tmp_path: Path, tiny_dir: Path) -> Path:
+    return Path(shutil.copytree(tiny_dir, tmp_path / "pyramid"))
 
 
 def test_tune_from_end_to_end(tmp_path: Path, tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,17 +383,6 @@ def test_a_mistake_is_one_line(
     assert err.count("\n") == 1
     assert words.replace("CHAT", "CHAT.jsonl") in err
     assert not (tiny_dir / "pyramid.json").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_cannot_be_written_is_refused_before_any_work(
-    tmp_path: Path, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = a_directory(tmp_path, tiny_dir)
-    directory.chmod(0o555)
-    (tmp_path / "p.txt").write_text("a")
-    assert cli.main(["tune", str(directory), "--prompts", str(tmp_path / "p.txt")]) == 2
-    assert "cannot be written to; --dry-run only prints" in capsys.readouterr().err
 
 
 def test_the_demo_has_prompts_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
