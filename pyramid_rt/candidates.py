@@ -17,8 +17,10 @@ QUALIFIER_LENGTHS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20)
 # Thresholds are those that let these shares of all positions stand: a number that suits one kind of divergence, or
 # one pair of models, says nothing about another.
 SHARES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.97)
-# A second finalist of a method must promise this share of the best of all.
-SECOND_CHANCE = 0.9
+# Finalists of a method besides its best, and the share of the best of all that they must promise: a measurement on
+# a busy machine misprices neighbours by as much.
+SPARES = 2
+SPARE_CHANCE = 0.8
 
 # The options that each method depends on.
 DEPENDS_ON = {
@@ -93,32 +95,33 @@ def finalists(
 ) -> list[Prediction]:
     """The settings worth running, the most important first: they may not all be affordable.
 
-    The baseline; the best of each method, fastest first; what is set now; then of each promising method a second
-    one, with another draft length, and for a lossy method with half the share of foreign tokens: there the model
-    is only an estimate.
+    The baseline; the best of each method, fastest first; what is set now; then `SPARES` more of each method that
+    promise enough, each with another draft length, and for a lossy method with half the share of foreign tokens:
+    there the model is only an estimate.
 
     Args:
         considered: all predictions, fastest first.
         lossy_limit: the largest share of tokens that may not be the target's own.
     """
     baseline = next(one for one in considered if one.setting.method == BASELINE)
-    best: dict[str, Prediction] = {}
-    second: dict[str, Prediction] = {}
+    promising = SPARE_CHANCE * considered[0].tokens_per_second
+    chosen: dict[str, list[Prediction]] = {}
     for one in considered:
-        method, draft = one.setting.method, one.setting.draft_length
-        if method == BASELINE or one.differs > lossy_limit:
+        setting = one.setting
+        if setting.method == BASELINE or one.differs > lossy_limit:
             continue
-        if method not in best:
-            best[method] = one
-        elif method not in second and (
-            one.differs <= lossy_limit / 2
-            if not one.setting.lossless
-            else draft != best[method].setting.draft_length
+        mine = chosen.setdefault(setting.method, [])
+        if mine and (
+            len(mine) > SPARES
+            or one.tokens_per_second < promising
+            or one.differs > lossy_limit / 2
+            or setting.draft_length in [other.setting.draft_length for other in mine]
         ):
-            second[method] = one
-    promising = SECOND_CHANCE * considered[0].tokens_per_second
-    seconds = [one for one in second.values() if one.tokens_per_second >= promising]
-    ordered = [baseline, *best.values(), *([current] if current else []), *seconds]
+            continue
+        mine.append(one)
+    best = [mine[0] for mine in chosen.values()]
+    spares = [one for one in considered if any(one in mine[1:] for mine in chosen.values())]
+    ordered = [baseline, *best, *([current] if current else []), *spares]
     return list({one.setting: one for one in ordered}.values())
 
 

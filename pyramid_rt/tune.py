@@ -241,6 +241,7 @@ class _Session:
             max_new_tokens=min(tokens or self.length, self.length),
             inner_rounds=None,
             seed=seed,
+            ignore_eos=tokens is not None,  # what warms up need not make sense
         )
         return _Run(result.tokens, self.clock() - begin, result.stats.to_dict())
 

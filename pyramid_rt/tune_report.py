@@ -21,8 +21,8 @@ _KEY = "* chosen. Lengths: draft / qualifier. Thresholds: qualifier / target, of
 _WRITTEN = {
     "draft_length": "draft {}",
     "qualifier_length": "qualifier {}",
-    "qualifier_threshold": "qualifier lets stand to {:g}",
-    "target_threshold": "target lets stand to {:g}",
+    "qualifier_threshold": "qualifier threshold {:g}",
+    "target_threshold": "target threshold {:g}",
 }
 
 

@@ -67,11 +67,13 @@ def prediction(rate: float, method: str, draft: int = 1, differs: float = 0.0) -
     return Prediction(setting, (1.0,), rate, 1.0, differs)
 
 
-def test_finalists_are_the_best_of_each_method_and_promising_seconds() -> None:
+def test_finalists_are_the_best_of_each_method_and_promising_spares() -> None:
     considered = [
         prediction(100, "sd", 4),
-        prediction(99, "sd", 5),
+        prediction(99, "sd", 4, 0.0),
         prediction(98, "sd", 6),
+        prediction(97, "sd", 5),
+        prediction(96, "sd", 7),
         prediction(60, "psd", 3),
         prediction(59, "psd", 4),
         prediction(40, "ar"),
@@ -83,9 +85,10 @@ def test_finalists_are_the_best_of_each_method_and_promising_seconds() -> None:
         ("sd", 4),
         ("psd", 3),
         ("sd", 9),
+        ("sd", 6),
         ("sd", 5),
     ]
-    assert finalists(considered, considered[0], 0.1) == [considered[i] for i in (5, 0, 3, 1)]
+    assert finalists(considered, considered[0], 0.1) == [considered[i] for i in (7, 0, 5, 2, 3)]
 
 
 def test_lossy_finalists_keep_to_the_bound() -> None:
@@ -96,7 +99,7 @@ def test_lossy_finalists_keep_to_the_bound() -> None:
         prediction(145, "fsd", 6, 0.05),
         prediction(40, "ar"),
     ]
-    # The first is too foreign; the model is an estimate, so the second has a far more careful companion. It must
-    # promise as much as others do, and 145 is less than nine tenths of 200.
+    # The first is too foreign; the model is an estimate, so the spare is far more careful. It must promise as much
+    # as others do, and 145 is less than eight tenths of 200.
     assert finalists(considered, None, 0.1) == [considered[4], considered[1]]
     assert finalists(considered[1:], None, 0.1) == [considered[4], considered[1], considered[3]]

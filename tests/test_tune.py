@@ -328,6 +328,9 @@ def test_tune_from_end_to_end(tmp_path: Path, tiny_dir: Path, capsys: pytest.Cap
     assert not (directory / "pyramid.json").exists()
     assert "Not written (--dry-run): {" in out
     assert err == ""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": "The quick"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    argv[argv.index(str(prompts))] = str(chats)
     assert cli.main([*argv, "--lossy", "--max-differs", "0.5"]) == 0
     out, _ = capsys.readouterr()
     assert f"Written to {directory.resolve() / 'pyramid.json'}: " in " ".join(out.split())
@@ -335,6 +338,7 @@ def test_tune_from_end_to_end(tmp_path: Path, tiny_dir: Path, capsys: pytest.Cap
         assert any(line.split()[:1] == [method] for line in out.splitlines()), method
     assert "Every lossless setting wrote ar's tokens" in out
     content = json.loads(measured.read_text())
+    assert content["prompts"] == {"given": 2, "used": 2}
     written = json.loads((directory / "pyramid.json").read_text())
     assert written["defaults"] == content["chosen"]
     assert {row["prediction"]["method"] for row in content["run"]} >= {"ar", "sd", "psd", "fsd"}
