@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -15,9 +16,8 @@ from torch import Tensor
 from pyramid_rt.generation import PREFILL_CHUNK
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.rules import Fuzzy
 from pyramid_rt.state import Plan
-from pyramid_rt.throughput import Costs, Curve, Trace
+from pyramid_rt.throughput import Costs, Curve, Trace, kinds_of
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
@@ -205,9 +205,9 @@ class Probe:
 def calibrated(costs: Costs, probes: Sequence[Probe]) -> Costs:
     """Costs that fit what was measured while decoding, where tiers push each other out of the caches.
 
-    The curve of a tier is scaled by its seconds in all probes over what they were priced at. Each probe in turn
-    then gives what comes beside the one kind of pass (`step`, `match` or `fuzzy`) that none before it had:
-    (seconds - forwards - what known kinds bring) / passes of that kind, and at least 0.
+    The curve of a tier is scaled by its seconds in all probes over what they were priced at. What comes beside
+    passes is the least-squares solution, none of it negative, of one equation per probe:
+    seconds - forwards = sum over kinds (`kinds_of`) of passes of that kind times its cost.
     """
     curves = list(costs.curves)
     for level, curve in enumerate(curves):
@@ -216,19 +216,42 @@ def calibrated(costs: Costs, probes: Sequence[Probe]) -> Costs:
         if priced > 0:
             scale = sum(probe.forwards[place] for probe, place in places) / priced
             curves[level] = Curve(curve.widths, tuple(scale * seconds for seconds in curve.seconds))
-    known: dict[str, float] = {}
+    counts: list[Counter[str]] = []
     for probe in probes:
-        kinds = ["step", *("fuzzy" if isinstance(rule, Fuzzy) else "match" for rule in probe.plan.rules)]
-        left, count = probe.seconds - sum(probe.forwards), 0
-        new = [kind for kind in kinds if kind not in known]
-        for kind, passes in zip(kinds, probe.passes, strict=True):
-            left -= known.get(kind, 0.0) * passes
-            count += passes if kind in new else 0
-        known |= dict.fromkeys(new, max(0.0, left / count) if count else 0.0)
+        counts.append(Counter())
+        for kind, passes in zip(kinds_of(probe.plan.rules), probe.passes, strict=True):
+            counts[-1][kind] += passes
+    kinds = sorted({kind for count in counts for kind in count})
+    found = non_negative_solution(
+        [[float(count[kind]) for kind in kinds] for count in counts],
+        [probe.seconds - sum(probe.forwards) for probe in probes],
+    )
+    known = dict(zip(kinds, found, strict=True))
     return replace(
         costs,
         curves=tuple(curves),
+        plain=known.get("plain", 0.0),
         step=known.get("step", 0.0),
         match=known.get("match", 0.0),
         fuzzy=known.get("fuzzy", 0.0),
     )
+
+
+def non_negative_solution(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """x >= 0 that minimises |rows x - values|, for a handful of unknowns.
+
+    At the minimum some unknowns are 0 and the others solve the problem without bounds (Lawson and Hanson, "Solving
+    least squares problems", chapter 23); with so few, every such set is tried.
+    """
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    wanted = torch.tensor(values, dtype=torch.float64)
+    count = matrix.shape[1]
+    best, least = torch.zeros(count, dtype=torch.float64), float(wanted.norm())
+    for size in range(1, count + 1):
+        for chosen in combinations(range(count), size):
+            x = torch.zeros(count, dtype=torch.float64)
+            x[list(chosen)] = torch.linalg.pinv(matrix[:, list(chosen)]) @ wanted
+            error = float((matrix @ x - wanted).norm())
+            if bool((x >= 0).all()) and error < least:
+                best, least = x, error
+    return [float(value) for value in best]

@@ -227,12 +227,14 @@ class Costs:
     Attributes:
         curves: per tier of the pyramid, its forward passes.
         prefill: per tier of the pyramid, one entry per prompt.
-        step: besides the forward pass, for each token that the lowest tier of a chain draws.
-        match, fuzzy: besides the forward pass, for each verify by such a rule.
+        plain: besides the forward pass, for each token of plain decoding.
+        step: the same for each token that the lowest tier of a longer chain draws.
+        match, fuzzy: the same for each verify by such a rule; what a round takes as a whole is part of it.
     """
 
     curves: tuple[Curve, ...]
     prefill: tuple[tuple[float, ...], ...]
+    plain: float = 0.0
     step: float = 0.0
     match: float = 0.0
     fuzzy: float = 0.0
@@ -246,11 +248,18 @@ class Costs:
 
     def decoding(self, done: Replay, plan: Plan, levels: Sequence[int]) -> float:
         """Seconds of a replay: sum over passes of t(tier, width), and what comes with each pass."""
-        rules = [self.fuzzy if isinstance(rule, Fuzzy) else self.match for rule in plan.rules]
-        beside = sum(
-            each * passes.total() for each, passes in zip([self.step, *rules], done.passes, strict=True)
+        beside: float = sum(
+            getattr(self, kind) * passes.total()
+            for kind, passes in zip(kinds_of(plan.rules), done.passes, strict=True)
         )
         return sum(self.forwards(done.passes, levels)) + beside
+
+
+def kinds_of(rules: Sequence[Rule]) -> list[str]:
+    """For each tier of a chain, which of the fields of `Costs` comes with its passes."""
+    if not rules:
+        return ["plain"]
+    return ["step", *("fuzzy" if isinstance(rule, Fuzzy) else "match" for rule in rules)]
 
 
 @dataclass(frozen=True, slots=True)

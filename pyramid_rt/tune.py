@@ -268,7 +268,7 @@ class _Session:
 
     def _probes(self) -> list[Probe]:
         """Timed generations of a few settings, taking turns, from which the costs are calibrated."""
-        settings = [Setting(BASELINE), Setting("sd", 4)]
+        settings = [Setting(BASELINE), Setting("sd", 2), Setting("sd", 6)]
         if len(self.pyramid.tiers) > 2:
             settings.append(Setting("psd", 3, 4, 0.0))
         elif self.options.lossy:

@@ -12,7 +12,7 @@ from positions import FakeClock, logits_of, pyramid_of, related
 
 from pyramid_rt import Pyramid
 from pyramid_rt.kernels import sampling_reference as ops
-from pyramid_rt.measuring import Probe, calibrated, non_decreasing, record, time_passes
+from pyramid_rt.measuring import Probe, calibrated, non_decreasing, non_negative_solution, record, time_passes
 from pyramid_rt.methods import tiers_of
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.throughput import Costs, Curve, Setting, replay
@@ -120,26 +120,42 @@ def test_non_decreasing(values: list[float], expected: list[float]) -> None:
     assert non_decreasing(values) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("rows", "values", "expected"),
+    [
+        ([[2, 0], [0, 4]], [6, 8], [3, 2]),
+        ([[2, 0], [0, 4]], [6, -8], [3, 0]),
+        ([[1, 1], [1, 2]], [5, 4], [4.5, 0]),  # without the bound (6, -1); with it the mean of 5 and 4
+        ([[1], [1], [1]], [1, 2, 6], [3]),
+        ([[1, 1]], [-1], [0, 0]),
+        ([[1, 0], [2, 0]], [1, 2], [1, 0]),
+    ],
+)
+def test_non_negative_solution(rows: list[list[float]], values: list[float], expected: list[float]) -> None:
+    assert non_negative_solution(rows, values) == pytest.approx(expected, abs=1e-12)
+
+
 def test_calibration_by_hand() -> None:
     costs = Costs((Curve((1,), (1.0,)), Curve((1,), (2.0,)), Curve((1,), (10.0,))), ((), (), ()))
-    plans = [
-        setting.plan({}, host_control=True)
-        for setting in (Setting("ar"), Setting("sd", 2), Setting("psd", 2, 2, 0.1))
-    ]
+    settings = (Setting("ar"), Setting("sd", 2), Setting("sd", 6), Setting("psd", 2, 2, 0.1))
+    plans = [setting.plan({}, host_control=True) for setting in settings]
     probes = [
-        # 10 target passes took 150 and were priced at 100; each draws a token, which takes 2.
-        Probe(plans[0], (2,), 170.0, (150.0,), (100.0,), (10,)),
-        # 8 drawn tokens take 16, so 4 verifies by match take the other 12.
-        Probe(plans[1], (0, 2), 108.0, (20.0, 60.0), (10.0, 40.0), (8, 4)),
-        # 5 drawn tokens 10, 2 verifies by match 6, so 3 fuzzy ones take 12.
-        Probe(plans[2], (0, 1, 2), 100.0, (10.0, 32.0, 30.0), (5.0, 8.0, 20.0), (5, 3, 2)),
+        # 10 target passes took 150 and were priced at 100; with each comes 5.
+        Probe(plans[0], (2,), 200.0, (150.0,), (100.0,), (10,)),
+        # 2 for a drawn token, 3 for a verify by match, 4 for a fuzzy one.
+        Probe(plans[1], (0, 2), 80.0 + 8 * 2 + 4 * 3, (20.0, 60.0), (10.0, 40.0), (8, 4)),
+        Probe(plans[2], (0, 2), 60.0 + 12 * 2 + 2 * 3, (30.0, 30.0), (15.0, 20.0), (12, 2)),
+        Probe(
+            plans[3], (0, 1, 2), 72.0 + 5 * 2 + 3 * 4 + 2 * 3, (10.0, 32.0, 30.0), (5.0, 8.0, 20.0), (5, 3, 2)
+        ),
     ]
     found = calibrated(costs, probes)
     assert [curve.seconds for curve in found.curves] == [(2.0,), (8.0,), (15.0,)]
-    assert (found.step, found.match, found.fuzzy) == (2.0, 3.0, 4.0)
+    assert (found.plain, found.step, found.match, found.fuzzy) == pytest.approx((5.0, 2.0, 3.0, 4.0))
 
 
 def test_what_is_not_there_is_not_negative() -> None:
     costs = Costs((Curve((1,), (1.0,)),), ((),))
     plan = Setting("ar").plan({}, host_control=True)
-    assert calibrated(costs, [Probe(plan, (0,), 5.0, (6.0,), (6.0,), (3,))]).step == 0.0
+    found = calibrated(costs, [Probe(plan, (0,), 5.0, (6.0,), (6.0,), (3,))])
+    assert (found.plain, found.step, found.match, found.fuzzy) == (0.0, 0.0, 0.0, 0.0)

@@ -168,6 +168,7 @@ def test_a_prediction_by_hand() -> None:
     costs = Costs(
         curves=(Curve((1, 2), (1.0, 3.0)), Curve((1,), (50.0,)), Curve((1, 4), (10.0, 13.0))),
         prefill=((5.0,), (900.0,), (7.0,)),
+        plain=0.125,
         step=0.5,
         match=0.25,
         fuzzy=100.0,
@@ -184,6 +185,9 @@ def test_a_prediction_by_hand() -> None:
     lossy = predict(fuzzy, [AGREES], costs, fuzzy.plan({}, host_control=True), levels)
     assert lossy.differs == pytest.approx(1 / 7)
     assert lossy.seconds[0] > 2 * 100.0  # two verifies by a fuzzy rule
+    alone = Setting("ar")
+    single = predict(alone, [AGREES], costs, alone.plan({}, host_control=True), (2,))
+    assert single.seconds == (pytest.approx(7 + 7 * 10.0 + 7 * 0.125),)
 
 
 def test_a_window_over_64_is_refused() -> None:

@@ -212,7 +212,7 @@ def test_a_lossless_method_that_lost_something_is_reported(
 # How long it takes.
 
 
-@pytest.mark.parametrize(("budget", "length"), [(150.0, 16), (300.0, 30), (1500.0, 40)])
+@pytest.mark.parametrize(("budget", "length"), [(200.0, 20), (300.0, 30), (1500.0, 40)])
 def test_it_keeps_to_its_budget(clock: FakeClock, budget: float, length: int) -> None:
     prompts = [[1, 2, place % VOCAB] for place in range(12)]
     costs = [flat(0.01), flat(0.1), flat(1.0)]
