@@ -34,7 +34,8 @@ ONE_TEXT_SHARE = 0.1
 # Shares of the budget after which a stage begins nothing further.
 TEXT_SHARE, PASSES_SHARE, PROBE_SHARE = 0.25, 0.35, 0.45
 # Options of `generate` that are the same for all settings.
-COMMON = ("divergence", "divergence_on", "lossless_rule", "temperature", "top_k", "top_p", "min_p")
+UNIT = ("divergence", "divergence_on")  # what a threshold belongs to
+COMMON = (*UNIT, "lossless_rule", "temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class Tuning:
         """What `pyramid.json` should say; a threshold comes with the divergence it belongs to."""
         wanted = self.chosen.setting.options()
         if any(name.endswith("threshold") for name in wanted):
-            wanted |= {name: self.common[name] for name in ("divergence", "divergence_on")}
+            wanted |= {name: self.common[name] for name in UNIT}
         return wanted
 
 
@@ -251,7 +252,10 @@ class _Session:
     def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
         """What the target writes after as many prompts as the time allows."""
         baseline = Setting(BASELINE)
-        self._run(given[0], baseline, 0, WARM_UP_TOKENS)
+        for (
+            setting
+        ) in self._probed():  # no clock may see a tier's first pass, which compiles and fills caches
+            self._run(given[0], setting, 0, WARM_UP_TOKENS)
         short = self._run(given[0], baseline, 0, WARM_UP_TOKENS)
         affordable = ONE_TEXT_SHARE * self.options.budget * len(short.tokens) / short.seconds
         self.length = min(self.length, max(LEAST_TOKENS, int(affordable)))
@@ -266,15 +270,18 @@ class _Session:
                 self.silent += 1
         return texts
 
-    def _probes(self) -> list[Probe]:
-        """Timed generations of a few settings, taking turns, from which the costs are calibrated."""
+    def _probed(self) -> list[Setting]:
+        """A few settings that run every tier and, between them, every rule that the search is about."""
         settings = [Setting(BASELINE), Setting("sd", 2), Setting("sd", 6)]
         if len(self.pyramid.tiers) > 2:
             settings.append(Setting("psd", 3, 4, 0.0))
         elif self.options.lossy:
             settings.append(Setting("fsd", 4, target_threshold=0.0))
-        for setting in settings[1:]:
-            self._run(self.prompts[0], setting, 0, WARM_UP_TOKENS)
+        return settings
+
+    def _probes(self) -> list[Probe]:
+        """Timed generations of these, taking turns, from which the costs are calibrated."""
+        settings = self._probed()
         turns: list[list[_Run]] = []
         for seed, prompt in enumerate(self.prompts[:PROBE_PROMPTS]):
             if turns and self._late(PROBE_SHARE):
@@ -329,6 +336,9 @@ class _Session:
             return None
         params = SamplingParams.build({}, defaults)
         setting = Setting(method, **{name: getattr(params, name) for name in DEPENDS_ON[method]})
+        fuzzy = setting.qualifier_threshold is not None or setting.target_threshold is not None
+        if fuzzy and any(getattr(params, name) != self.common[name] for name in UNIT):
+            return None  # its thresholds belong to another divergence
         return setting if setting.lossless or self.options.lossy else None
 
     # Side by side

@@ -172,6 +172,16 @@ def test_what_is_set_now_is_run_and_may_stay(clock: FakeClock) -> None:
     assert "Every lossless setting wrote ar's tokens" in said(tuning)
 
 
+def test_a_threshold_of_another_divergence_is_not_what_is_set_now(clock: FakeClock) -> None:
+    defaults = {"method": "psd", "draft_length": 3, "qualifier_length": 5, "qualifier_threshold": 0.2}
+    costs = [flat(0.01), flat(0.05), flat(3.0)]
+    for divergence, runs in (("js", [0.2]), ("tv", [])):
+        pyramid = made_up(clock, [0.5, 0.9], costs, defaults=defaults)
+        tuning = search(pyramid, clock, common={"divergence": divergence})
+        assert [row.setting.qualifier_threshold for row in tuning.rows if row.current] == runs
+        assert tuning.common["divergence"] == divergence
+
+
 def test_defaults_do_not_leak_into_what_is_measured(clock: FakeClock) -> None:
     costs = [flat(0.01), flat(0.05), flat(3.0)]
     plain = search(made_up(clock, [0.5, 1.0], costs), clock)
