@@ -13,10 +13,13 @@ from pyramid_rt.candidates import agreement, standing_share, thresholds
 from pyramid_rt.compare import BASELINE
 from pyramid_rt.methods import TIERS_NEEDED
 from pyramid_rt.throughput import Prediction, Setting
-from pyramid_rt.tune import Row, Tuning
+from pyramid_rt.tune import LOSSY_GAIN, Row, Tuning
 
 _WIDTHS_SHOWN = (1, 2, 4, 8, 16, 32)
-_KEY = "* chosen. Lengths: draft / qualifier. Thresholds: qualifier / target, of those that the method has."
+_KEY = (
+    "* chosen. Lengths: draft / qualifier, thresholds: qualifier / target, of those that the method has. "
+    "Not lossless: the share of tokens that are not the target's own."
+)
 # Options of a setting: how they are said.
 _WRITTEN = {
     "draft_length": "draft {}",
@@ -57,7 +60,7 @@ def words(tuning: Tuning) -> list[str]:
         run += f" The time was too short for {tuning.options.max_new_tokens} tokens."
     if tuning.repeats < tuning.options.repeats:
         run += f" The time was over before repeat {tuning.repeats + 1} of {tuning.options.repeats}."
-    return [run, *_equality(tuning), _three_tiers(tuning), _choice(tuning)]
+    return [run, *_equality(tuning), *_three_tiers(tuning), *_choice(tuning)]
 
 
 def described(setting: Setting) -> str:
@@ -181,7 +184,7 @@ def _lossless(row: Row, tuning: Tuning) -> str:
     """Whether a row is lossless, and how its tokens stand to the target's own."""
     if row.differs is not None:
         over = ", too many" if row.differs > tuning.options.max_differs else ""
-        return f"no: {100 * row.differs:.1f} % differ{over}"
+        return f"no: {100 * row.differs:.1f} %{over}"
     if row.unequal is None:
         return "yes, by other tokens"
     return f"yes: as {BASELINE}" if not row.unequal else f"yes, but {row.unequal} NOT as {BASELINE}"
@@ -203,33 +206,53 @@ def _equality(tuning: Tuning) -> list[str]:
     return found
 
 
-def _three_tiers(tuning: Tuning) -> str:
-    """Whether three tiers pay."""
+def _three_tiers(tuning: Tuning) -> list[str]:
+    """Whether three tiers pay: among lossless settings and, where there are others, among all that are allowed."""
     if len(tuning.tiers) < 3:
-        return f"With {len(tuning.tiers)} tiers there is no method of three to try."
+        return [f"With {len(tuning.tiers)} tiers there is no method of three to try."]
+    lossless = [row for row in tuning.rows if row.differs is None]
     allowed = [row for row in tuning.rows if (row.differs or 0.0) <= tuning.options.max_differs]
-    three = _fastest([row for row in allowed if TIERS_NEEDED[row.setting.method] > 2])
-    fewer = _fastest([row for row in allowed if TIERS_NEEDED[row.setting.method] <= 2])
+    found = [_pays(lossless, "")]
+    if len(allowed) > len(lossless):
+        found.append(_pays(allowed, "With lossy methods: "))
+    return found
+
+
+def _pays(rows: Sequence[Row], prefix: str) -> str:
+    three = _fastest([row for row in rows if TIERS_NEEDED[row.setting.method] > 2])
+    fewer = _fastest([row for row in rows if TIERS_NEEDED[row.setting.method] <= 2])
     assert fewer is not None  # the baseline is always there
     if three is None:
-        return "No setting of three tiers was run: the budget was too small."
+        return f"{prefix}No setting of three tiers was run: the budget was too small."
     if fewer.ratio >= three.ratio:
         return (
-            f"{fewer.setting.method} beats three tiers here: {described(fewer.setting)} is "
+            f"{prefix}{fewer.setting.method} beats three tiers here: {described(fewer.setting)} is "
             f"{fewer.ratio / three.ratio:.2f}x as fast as the best of them, {described(three.setting)}."
         )
     return (
-        f"Three tiers pay here: {described(three.setting)} is {three.ratio / fewer.ratio:.2f}x as fast as "
+        f"{prefix}Three tiers pay here: {described(three.setting)} is {three.ratio / fewer.ratio:.2f}x as fast as "
         f"the best with fewer, {described(fewer.setting)}."
     )
 
 
-def _choice(tuning: Tuning) -> str:
+def _choice(tuning: Tuning) -> list[str]:
     row = tuning.chosen
+    said = []
+    if row.setting.lossless:
+        lossy = [one for one in tuning.rows if one.differs is not None]
+        faster = _fastest([one for one in lossy if (one.differs or 0.0) <= tuning.options.max_differs])
+        if faster is not None and faster.ratio > row.ratio:
+            said.append(
+                f"{described(faster.setting)} is faster than the best lossless setting by less than "
+                f"{100 * (LOSSY_GAIN - 1):.0f} %: not worth giving up the target's own text."
+            )
     if row.setting.method == BASELINE:
-        return f"Plain decoding ({BASELINE}) is the fastest here: nothing that was run beats it."
+        return [
+            *said,
+            f"Plain decoding ({BASELINE}) is chosen{'' if said else ': nothing that was run beats it'}.",
+        ]
     kind = "lossless" if row.setting.lossless else f"lossy, {100 * (row.differs or 0):.1f} % not the target's"
-    return f"Chosen: {described(row.setting)}, {row.ratio:.2f}x {BASELINE}, {kind}."
+    return [*said, f"Chosen: {described(row.setting)}, {row.ratio:.2f}x {BASELINE}, {kind}."]
 
 
 def _fastest(rows: Sequence[Row]) -> Row | None:

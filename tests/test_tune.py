@@ -67,7 +67,7 @@ def test_plain_decoding_wins_where_drafts_cost_and_fall(clock: FakeClock) -> Non
     tuning = search(made_up(clock, [0.05, 0.05], [flat(0.5), flat(0.7), flat(1.0)]), clock)
     assert tuning.defaults() == {"method": "ar"}
     assert "ar beats three tiers here" in said(tuning)
-    assert "Plain decoding (ar) is the fastest here" in said(tuning)
+    assert "Plain decoding (ar) is chosen: nothing that was run beats it." in said(tuning)
 
 
 def test_three_tiers_win_where_a_cheap_qualifier_is_right_and_the_draft_is_not(clock: FakeClock) -> None:
@@ -157,8 +157,26 @@ def test_the_bound_is_on_what_was_measured(clock: FakeClock) -> None:
     others = [row for row in tuning.rows if row.setting.lossless]
     assert choose([*others, dataclasses.replace(lossy, ratio=1.04 * best)], 0.3).setting.lossless
     assert not choose([*others, dataclasses.replace(lossy, ratio=1.06 * best)], 0.3).setting.lossless
+    rows = (*others, dataclasses.replace(lossy, ratio=1.04 * best))
+    assert "not worth giving up" in said(dataclasses.replace(tuning, rows=rows, chosen=choose(rows, 0.3)))
+    assert "not worth giving up" not in said(tuning)
     assert lossy.differs is not None
     assert choose(tuning.rows, lossy.differs - 1e-9).setting.lossless
+
+
+def test_three_tiers_are_judged_among_lossless_settings_and_among_all(clock: FakeClock) -> None:
+    target = related([0.5, 0.5], 4)[-1]
+    # The qualifier is right and cheap, the draft is wrong but its distribution is the target's.
+    table, draft = logits_of(target), logits_of(target)
+    for place, token in enumerate(target):
+        other = (token + 1) % VOCAB
+        table[place, other], draft[place, other] = 6.0 - 1e-4, 6.0 + 1e-4
+    pyramid = pyramid_of([draft, table, table], [flat(0.01), flat(0.1), flat(1.0)], clock)
+    tuning = search(pyramid, clock, lossy=True, max_differs=1.0)
+    assert " Three tiers pay here: psd (" in said(tuning)
+    assert "With lossy methods: fsd beats three tiers here" in said(tuning)
+    assert tuning.defaults()["method"] == "fsd"
+    assert "With lossy methods" not in said(search(pyramid, clock))
 
 
 def test_what_is_set_now_is_run_and_may_stay(clock: FakeClock) -> None:
