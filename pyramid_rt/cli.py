@@ -1,4 +1,4 @@
-"""The command line: ``pyramid-rt generate | init | demo | info``."""
+"""The command line: ``pyramid-rt generate | init | demo | info | tune``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from pyramid_rt import api, directory, report
+from pyramid_rt import api, directory, report, tune_report
 from pyramid_rt.compare import compare
+from pyramid_rt.defaults import check_tunable, write_defaults
 from pyramid_rt.errors import InputError, PyramidError
 from pyramid_rt.params import Options
+from pyramid_rt.prompts import FilePrompt, encode, read_prompts
+from pyramid_rt.tune import TuneOptions, tune
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
@@ -60,6 +63,22 @@ LOADING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--dtype", str, "float32, bfloat16 or float16"),
     ("--max-seq", int, "longest sequence, prompt included"),
     ("--backend", str, "triton (default on CUDA) or torch"),
+)
+TUNE_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("--max-new-tokens", int, "length of each output (96)"),
+    ("--repeats", int, "how often the finalists are measured (3)"),
+    (
+        "--budget",
+        float,
+        "seconds for everything; what must be measured once is, even if it takes longer (120)",
+    ),
+    ("--temperature", float, "measure at this temperature; by default the pyramid's own, or 0"),
+    ("--divergence", str, "the kind that thresholds are for; by default the pyramid's own, or js"),
+    ("--max-differs", float, "with --lossy: the largest share of tokens that are not the target's own (0.1)"),
+)
+PROMPTS_HELP = (
+    'what to tune for: .jsonl or .ndjson with {"prompt": ...} or {"messages": [...]} on each line, '
+    "or text with a line of just --- between two prompts"
 )
 DEMO_BUDGET_SECONDS = 60.0
 DEMO_PREFIX = '''class Stack:
@@ -122,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(commands)
     _add_demo(commands)
     _add_info(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -135,6 +155,10 @@ def _command(commands: Any, run: Any, help_text: str) -> argparse.ArgumentParser
 
 def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="weights directory; the demo pyramid")
+    _add_device_flags(parser)
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     for flag, kind, text in LOADING_FLAGS:
         parser.add_argument(flag, type=kind, help=text)
 
@@ -170,6 +194,20 @@ def _add_demo(commands: Any) -> None:
 def _add_info(commands: Any) -> None:
     parser = _command(commands, _run_info, "show the tiers, the memory they need and the methods they allow")
     _add_loading_flags(parser)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _command(
+        commands, _run_tune, "find a pyramid's fastest defaults and write them to its pyramid.json"
+    )
+    parser.add_argument("weights", type=Path, metavar="DIR", help="weights directory with two tiers or more")
+    _add_device_flags(parser)
+    for flag, kind, text in TUNE_FLAGS:
+        parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=PROMPTS_HELP)
+    parser.add_argument("--lossy", action="store_true", help="consider fsd, psd_a and psd_f too")
+    parser.add_argument("--dry-run", action="store_true", help="print only; pyramid.json stays as it is")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:
@@ -229,6 +267,54 @@ def _run_info(arguments: argparse.Namespace) -> int:
     with _loaded(arguments) as pyramid:
         report.print_info(Console(highlight=False), pyramid)
     return 0
+
+
+def _run_tune(arguments: argparse.Namespace) -> int:
+    common = {name: getattr(arguments, name) for name in ("temperature", "divergence")}
+    given = {
+        name: getattr(arguments, name) for name in ("max_new_tokens", "repeats", "budget", "max_differs")
+    }
+    options = TuneOptions(
+        common={name: value for name, value in common.items() if value is not None},
+        lossy=arguments.lossy,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if arguments.max_differs is not None and not arguments.lossy:
+        raise InputError("--max-differs needs --lossy: lossless methods do not differ")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise InputError(f"--json: {arguments.json.parent} is no directory")
+    check_tunable(arguments.weights, writing=not arguments.dry_run)
+    prompts = _tune_prompts(arguments)
+    with _loaded(arguments) as pyramid:
+        assert pyramid.tokenizer is not None  # every directory has one
+        ids = [encode(prompt, pyramid.tokenizer, pyramid.max_seq) for prompt in prompts]
+        with _stderr().status("measuring") as status:
+            tuning = tune(pyramid, ids, options, on_step=lambda step: status.update(f"measuring: {step}"))
+        machine = report.machine(pyramid)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(machine, style="dim")
+    tune_report.print_tuning(console, tuning)
+    if arguments.json is not None:
+        content = json.dumps(tune_report.tuning_object(tuning, machine), indent=1)
+        arguments.json.write_text(content + "\n", encoding="utf-8")
+    chosen = json.dumps(tuning.defaults())
+    if arguments.dry_run:
+        console.print(f"Not written (--dry-run): {chosen}", markup=False)
+    else:
+        file = write_defaults(arguments.weights, tuning.defaults())
+        console.print(f"Written to {file}: {chosen}", markup=False)
+    return 0
+
+
+def _tune_prompts(arguments: argparse.Namespace) -> list[FilePrompt]:
+    if arguments.prompts is not None:
+        return read_prompts(arguments.prompts)
+    if arguments.weights.resolve() != api.demo_weights().resolve():
+        raise InputError(
+            f"--prompts FILE is needed: settings are tuned for texts like those that {arguments.weights} will get; "
+            "only the demo pyramid has prompts of its own"
+        )
+    return [FilePrompt("demo prompt", prompt) for prompt in DEMO_PROMPTS]
 
 
 def _option_name(flag: tuple[str, type, str]) -> str:
