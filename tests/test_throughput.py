@@ -13,9 +13,9 @@ from positions import MAX_SEQ, VOCAB, PositionTier
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.methods import tiers_of
-from pyramid_rt.recursion import Recursion
 from pyramid_rt.state import COLUMN, State
 from pyramid_rt.throughput import Costs, Curve, Replay, Setting, Trace, predict, replay
+from pyramid_rt.torch_steps import TorchRounds
 
 PROMPT, NEW = 3, 40
 
@@ -108,7 +108,7 @@ def decode(tables: list[torch.Tensor], setting: Setting, *, host_control: bool) 
     state.end.add_(PROMPT)
     for cached in state.cached[:-1]:
         cached.add_(PROMPT)
-    recursion = Recursion(tiers, plan, state, VOCAB)
+    recursion = TorchRounds(tiers, plan, state, VOCAB)
     window = state.tokens[:PROMPT]
     recursion.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
     tiers[-1].passes.clear()
