@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.compile_kernels import SHAPES, Shape
-from bench.gpu_problems import Case, Embed, GateUp, Head, Place, Problem, Project, Qkv
+from bench.gpu_problems import Case, Embed, GateUp, Place, Problem, Project, Qkv
 from bench.gpu_problems_cache import Attention, Compact
+from bench.gpu_problems_head import Head
 
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = (1, 2, 7, 16, 17, 64)
@@ -68,7 +69,10 @@ def odd_cases(dtype: str) -> Iterator[Case]:
     for hidden in (72, 200):
         yield Case("embed", dtype, f"odd-{hidden}", {"vocab": 37, "hidden": hidden})
     odd: tuple[tuple[str, dict[str, int]], ...] = (
-        ("qkv", {"hidden": 200, "heads": 3, "kv_heads": 1, "head_dim": 64, "start": 80, "splits": 2, "bias": 1}),
+        (
+            "qkv",
+            {"hidden": 200, "heads": 3, "kv_heads": 1, "head_dim": 64, "start": 80, "splits": 2, "bias": 1},
+        ),
         ("qkv", {"hidden": 136, "heads": 2, "kv_heads": 2, "head_dim": 96, "start": 0, "interleaved": 1}),
         ("qkv", {"hidden": 328, "heads": 8, "kv_heads": 1, "head_dim": 128, "start": 9, "splits": 4}),
         ("qkv", {"hidden": 72, "heads": 3, "kv_heads": 1, "head_dim": 16, "start": 5, "sub_tiles": 1}),
@@ -156,7 +160,11 @@ def tiny_cases() -> list[Case]:
     """For the interpreter: every op in a few milliseconds each."""
     made: tuple[tuple[str, str, dict[str, int]], ...] = (
         ("embed", "bfloat16", {"vocab": 37, "hidden": 72}),
-        ("qkv", "bfloat16", {"hidden": 40, "heads": 2, "kv_heads": 1, "head_dim": 16, "start": 9, "splits": 2}),
+        (
+            "qkv",
+            "bfloat16",
+            {"hidden": 40, "heads": 2, "kv_heads": 1, "head_dim": 16, "start": 9, "splits": 2},
+        ),
         ("qkv", "float32", {"hidden": 72, "heads": 1, "kv_heads": 1, "head_dim": 64, "start": 0, "bias": 1}),
         ("attention", "bfloat16", {"heads": 3, "kv_heads": 1, "head_dim": 64, "start": 250}),
         ("attention", "float16", {"heads": 2, "kv_heads": 1, "head_dim": 64, "start": 20, "tree": 1}),

@@ -82,7 +82,9 @@ def check_tasks() -> list[Task]:
 def timing_tasks() -> list[Task]:
     """All timings, in order of worth: whole steps, then every kernel at three T, long contexts, the other T."""
     tasks = [Task("copy", seconds=1.0)]
-    tasks += [Task("step", op="step", shape=s, lengths=MAIN_LENGTHS, seconds=6.0, limit=150.0) for s in SHAPES]
+    tasks += [
+        Task("step", op="step", shape=s, lengths=MAIN_LENGTHS, seconds=6.0, limit=150.0) for s in SHAPES
+    ]
 
     def times(lengths: tuple[int, ...], context: int, ops: Iterable[str], seconds: float) -> list[Task]:
         return [

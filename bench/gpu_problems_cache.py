@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from bench import gpu_oracle as oracle
 from bench.gpu_problems import ROWS, Case, Place, Source
 from pyramid_rt.kernels import attention, compact, reference
-from pyramid_rt.kernels.attention_configs import config_for
+from pyramid_rt.kernels.attention_configs import Splits, config_for
 from pyramid_rt.kernels.common import WINDOW, Launch
 
 
@@ -31,7 +33,7 @@ def tree_ancestors(length: int, seed: int = 5) -> list[int]:
 
 
 class Attention:
-    """`kernels.attention`. Sizes: heads, kv_heads, head_dim, start; tree optional.
+    """`kernels.attention`. Sizes: heads, kv_heads, head_dim, start; tree, config and size0 .. edge1 optional.
 
     The window's own rows of the cache are those of the same positions in the base, so that a row sees the same
     keys whichever window holds it. A tree's rows are tied to their slots: it is no rowwise problem.
@@ -48,7 +50,12 @@ class Attention:
         self.q, self.at = source.new(WINDOW, self.heads, self.dim), source.scalar(self.base_start)
         self.k, self.v = self.base_k, self.base_v
         self.out = source.new(WINDOW, self.heads * self.dim)
-        self.config = config_for(source.dtype, self.dim, place.capability)
+        shipped = config_for(source.dtype, self.dim, place.capability)
+        change: dict[str, Any] = {f.name: sizes[f.name] for f in fields(shipped) if f.name in sizes}
+        if "size0" in sizes:
+            cuts = (sizes["size0"], sizes["size1"], sizes["size2"])
+            change["splits"] = Splits(cuts, (sizes["edge0"], sizes["edge1"]))
+        self.config = replace(shipped, **change)
         self.space = attention.workspace(
             length=WINDOW,
             heads=self.heads,
@@ -128,7 +135,8 @@ class Attention:
         else:
             start = torch.tensor(self.base_start, device=self.q.device)
             mask = reference.tree_mask(start, self.ancestors, end, group, torch.float64, length=WINDOW)
-        exact, size = [], []
+        exact: list[Tensor] = []
+        size: list[Tensor] = []
         # One key head at a time: a long context's scores take half a gigabyte.
         for head in range(self.kv_heads):
             q = self.base_q[:WINDOW, head * group : (head + 1) * group].double()

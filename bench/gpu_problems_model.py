@@ -62,13 +62,11 @@ def random_llama(config: LlamaConfig, source: Source, *, backend: str, max_seq: 
 def converted(model: Llama, dtype: torch.dtype) -> Llama:
     """The same weights in another type behind the plain ops."""
 
-    def to(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+    def to(layer: LayerWeights) -> LayerWeights:
+        parts: dict[str, Any] = {part.name: getattr(layer, part.name) for part in fields(LayerWeights)}
+        return LayerWeights(**{k: None if v is None else v.to(dtype) for k, v in parts.items()})
 
-    layers = tuple(
-        LayerWeights(**{part.name: to(getattr(layer, part.name)) for part in fields(LayerWeights)})
-        for layer in model.layers
-    )
+    layers = tuple(to(layer) for layer in model.layers)
     return replace(
         model,
         backend=TorchBackend(),
@@ -138,7 +136,14 @@ class Forward:
         self.cache.buffer[:, :, :, self.base_start + self.first :] = math.nan
         buffers: Any = self.model.backend.buffers  # type: ignore[attr-defined]
         scratch = (buffers.products.partials, buffers.splits.acc, buffers.splits.stats)
-        streams = (buffers.stream, buffers.squares, buffers.q, buffers.attended, buffers.inner, buffers.logits)
+        streams = (
+            buffers.stream,
+            buffers.squares,
+            buffers.q,
+            buffers.attended,
+            buffers.inner,
+            buffers.logits,
+        )
         for tensor in (*scratch, *streams):
             tensor.fill_(math.nan)
 
@@ -171,9 +176,7 @@ class Forward:
         cache = KVCache.allocate(self.config, self.max_seq, kind, self.at.device)
         begin, end = self.base_start, self.base_start + WINDOW
         rows = torch.arange(begin, end, device=self.at.device)
-        logits = forward(
-            model, cache, self.base[:end], torch.zeros_like(self.at), rows=rows, kv_bound=end
-        )
+        logits = forward(model, cache, self.base[:end], torch.zeros_like(self.at), rows=rows, kv_bound=end)
         if logits is None:
             raise RuntimeError("a pass with rows gave no logits")
         # The float64 pass rounds its logits to float32, far below any dtype's tolerance.

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -142,10 +143,15 @@ class CudaRuntime:
                 call()
         torch.cuda.current_stream().wait_stream(self._capture)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._capture):
-            for call in calls:
-                call()
+        graph, outer = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=self._capture):
+                for call in calls:
+                    call()
+        except BaseException:
+            # A capture that cannot be ended leaves its stream current.
+            torch.cuda.set_stream(outer)
+            raise
         return graph
 
     def time(self, calls: Sequence[Call], replays: int = REPLAYS) -> Sample:
@@ -159,26 +165,28 @@ class CudaRuntime:
             graph.replay()
             mark.record()
         torch.cuda.synchronize()
-        spent = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in zip(marks, marks[1:], strict=False)]
+        spent = [a.elapsed_time(b) * 1e3 / len(calls) for a, b in pairwise(marks)]
         graph.reset()
         return Sample.of(spent)
 
     def copy_bandwidth(self) -> float:
-        """Of copies of up to 2 GiB of random bytes, median of ten; clocks rise during three before them."""
+        """Of copies of up to 2 GiB of random bytes, median of ten; clocks rise during those before them."""
         free, _ = torch.cuda.mem_get_info(self.place.device)
         size = min(2**31, free // 8)
         source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.place.device)
         target = torch.empty_like(source)
-        for _ in range(3):
+        begin = time.monotonic()
+        while time.monotonic() - begin < 0.3:
             target.copy_(source)
+            torch.cuda.synchronize()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
         marks[0].record()
         for mark in marks[1:]:
             target.copy_(source)
             mark.record()
         torch.cuda.synchronize()
-        spent = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-        return 2e3 * size / statistics.median(spent)
+        spent = [a.elapsed_time(b) for a, b in pairwise(marks)]
+        return float(2e3 * size / statistics.median(spent))
 
     def release(self) -> None:
         """See `Runtime`."""

@@ -17,7 +17,7 @@ from bench.gpu_cases import LENGTHS, build
 from bench.gpu_problems import Case, Place, Problem
 from bench.gpu_problems_model import Forward, Step
 from bench.gpu_runtime import REPLAYS, Runtime, Sample
-from bench.gpu_timed import TIMED
+from bench.gpu_timed import TIMED, Config
 from bench.gpu_traffic import launches_for, step_traffic, traffic
 
 Row = dict[str, Any]
@@ -29,11 +29,12 @@ class Task:
     """What a worker does at a time; travels between processes.
 
     Attributes:
-        kind: describe, check, invariance, chunks, races, time or step.
+        kind: one of `KINDS`.
         case: of the checks.
         op, shape, dtype, context: of the timings.
         lengths: T.
         runs: of races; replays of timings.
+        config: of a timing; the shipped one if None.
         seconds: a guess at its cost, for the budget.
         limit: seconds after which a worker counts as hung.
     """
@@ -47,6 +48,7 @@ class Task:
     lengths: tuple[int, ...] = LENGTHS
     firsts: tuple[int, ...] = ()
     runs: int = REPLAYS
+    config: Config = None
     seconds: float = 0.5
     limit: float = 90.0
 
@@ -65,7 +67,9 @@ class Task:
         """Tasks that share it run the same binaries."""
         if self.case is not None:
             return f"case/{self.case.key}"
-        return f"timed/{self.op}/{self.shape.name}/{self.dtype}" if self.kind == "time" and self.shape else ""
+        if self.kind not in ("time", "tune") or self.shape is None:
+            return ""
+        return f"timed/{self.op}/{self.shape.name}/{self.dtype}/{self.config or 'shipped'}"
 
 
 @dataclass
@@ -230,9 +234,7 @@ def time_op(task: Task, runtime: Runtime) -> Iterator[Row]:
     itemsize = getattr(torch, task.dtype).itemsize
     work = TIMED[task.op](task.shape, task.dtype, runtime.place, runtime.l2_bytes, task.context)
     for length in task.lengths:
-        total = traffic(
-            task.op, task.shape, length=length, context=task.context, itemsize=itemsize
-        ).total
+        total = traffic(task.op, task.shape, length=length, context=task.context, itemsize=itemsize).total
         launches = work.launches(length)
         count = launches_for(total, len(launches)) if runtime.exact else len(launches)
         sample = runtime.time(repeated([launch.run for launch in launches], count), task.runs)
@@ -261,8 +263,47 @@ def time_step(task: Task, runtime: Runtime) -> Iterator[Row]:
         step.use(backend)
         for length in task.lengths:
             total = step_traffic(task.shape, length=length, context=task.context, itemsize=itemsize)
-            sample = runtime.time([lambda n=length: step.run(n)], task.runs)  # type: ignore[misc]
+            try:
+                sample = runtime.time([lambda n=length: step.run(n)], task.runs)  # type: ignore[misc]
+            except Exception as error:
+                if backend == "triton":
+                    raise
+                runtime.synchronize()
+                message = f"torch step of {task.shape.name}, T={length}: {type(error).__name__}: {error}"[
+                    :300
+                ]
+                yield {"kind": "note", "ok": True, "message": message}
+                continue
             yield timing_row(task, length, sample, total, 1) | {"op": backend}
+
+
+def tune(task: Task, runtime: Runtime) -> Iterator[Row]:
+    """One configuration of one op: a row with the reason if it is no good, else a row per T."""
+    assert task.shape is not None
+    itemsize = getattr(torch, task.dtype).itemsize
+    base = {"kind": "tune", "op": task.op, "shape": task.shape.name, "context": task.context, "ok": True}
+    try:
+        work = TIMED[task.op](
+            task.shape, task.dtype, runtime.place, runtime.l2_bytes, task.context, task.config
+        )
+        first = work.launches(1)[0]
+        kernel = first.kernel[first.grid](*first.args, **first.kwargs)
+        runtime.synchronize()
+    except Exception as error:  # shared memory, registers, a shape that the compiler refuses
+        runtime.synchronize()
+        yield base | {"rejected": f"{type(error).__name__}: {error}"[:200]}
+        return
+    # The interpreter gives no kernel back.
+    spills = int(getattr(kernel, "n_spills", 0) or 0)
+    if spills:
+        yield base | {"rejected": f"{spills} registers spilled"}
+        return
+    for length in task.lengths:
+        launches = work.launches(length)
+        total = traffic(task.op, task.shape, length=length, context=task.context, itemsize=itemsize).total
+        count = launches_for(total, len(launches)) if runtime.exact else len(launches)
+        sample = runtime.time(repeated([launch.run for launch in launches], count), task.runs)
+        yield base | {"T": length, "us": round(sample.median, 3), "registers": getattr(kernel, "n_regs", 0)}
 
 
 def describe(task: Task, runtime: Runtime) -> Iterator[Row]:
@@ -284,6 +325,7 @@ KINDS: dict[str, Callable[[Task, Runtime], Iterator[Row]]] = {
     "races": races,
     "time": time_op,
     "step": time_step,
+    "tune": tune,
 }
 
 

@@ -235,7 +235,10 @@ class TimedProject(_Matrix):
         self, shape: Shape, dtype: str, place: Place, l2_bytes: int, context: int, config: Config = None
     ) -> None:
         super().__init__(self.op, shape, dtype, place, l2_bytes, config)
-        self.residual, self.out = self.source.random(WINDOW, shape.hidden), self.source.new(WINDOW, shape.hidden)
+        self.residual, self.out = (
+            self.source.random(WINDOW, shape.hidden),
+            self.source.new(WINDOW, shape.hidden),
+        )
         self.out_sums = self.source.new(-(-shape.hidden // 64), WINDOW, dtype=torch.float32)
 
     def launches(self, length: int) -> list[Launch]:
@@ -313,9 +316,7 @@ class TimedHead(_Matrix):
     def peers(self, length: int) -> dict[str, list[Call]]:
         """Logits alone: that torch then reads them again for a maximum and a sum is not held against it."""
         return {
-            "rms_norm, linear, float": self.calls(
-                lambda w: functional.linear(self.normed(length), w).float()
-            )
+            "rms_norm, linear, float": self.calls(lambda w: functional.linear(self.normed(length), w).float())
         }
 
 

@@ -89,7 +89,9 @@ def serve(connection: Connection, factory: Callable[[str], Hands], device: str) 
             connection.send(("done", ""))
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"[:600]
+            text = f"{type(error).__name__}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"[
+                :600
+            ]
             # Frames hold the task's tensors.
             traceback.clear_frames(error.__traceback__)
             if hands.broken():
@@ -212,7 +214,7 @@ def compile_task(task: Task, capability: int, launchers: bool) -> int:
     if task.case is not None:
         launches = build(task.case, place).launches(1) if task.case.op != "forward" else []
     else:
-        work = TIMED[task.op](task.shape, task.dtype, place, 1, task.context)
+        work = TIMED[task.op](task.shape, task.dtype, place, 1, task.context, task.config)
         launches = work.launches(1)[:1]
     for launch in launches:
         kernel = launch.warmup()
