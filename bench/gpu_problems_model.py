@@ -64,7 +64,9 @@ def converted(model: Llama, dtype: torch.dtype) -> Llama:
 
     def to(layer: LayerWeights) -> LayerWeights:
         parts: dict[str, Any] = {part.name: getattr(layer, part.name) for part in fields(LayerWeights)}
-        return LayerWeights(**{k: None if v is None else v.to(dtype) for k, v in parts.items()})
+        for name, tensor in parts.items():
+            parts[name] = None if tensor is None else tensor.to(dtype)
+        return LayerWeights(**parts)
 
     layers = tuple(to(layer) for layer in model.layers)
     return replace(

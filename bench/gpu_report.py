@@ -258,7 +258,8 @@ def check_summary(rows: Sequence[Row]) -> list[str]:
 def timing_table(rows: Sequence[Row]) -> list[str]:
     """Timings, whole steps first: microseconds, GB/s, share of the copy, torch's microseconds, the ratio."""
     lines = [
-        f"{'shape':14} {'op':10} {'context':>7} {'T':>3} {'us':>10} {'GB/s':>7} {'copy':>6} {'torch us':>10} {'ratio':>6}"
+        f"{'shape':14} {'op':11} {'context':>7} {'T':>3} {'us':>10} {'GB/s':>7} {'copy':>6} "
+        f"{'torch us':>10} {'ratio':>6}"
     ]
     order = {"step": 0, "time": 1}
     timed = [row for row in rows if row["kind"] in order and "us" in row]
@@ -269,7 +270,7 @@ def timing_table(rows: Sequence[Row]) -> list[str]:
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
         name = f"step/{row['op']}" if row["kind"] == "step" else row["op"]
         lines.append(
-            f"{row['shape']:14} {name:10.11} {row['context']:7} {row['T']:3} {row['us']:10.2f} {row['gb_s']:7.0f} "
+            f"{row['shape']:14} {name:11} {row['context']:7} {row['T']:3} {row['us']:10.2f} {row['gb_s']:7.0f} "
             f"{share:>6} {peer:>10} {ratio:>6}"
         )
     return lines

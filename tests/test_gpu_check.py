@@ -1,0 +1,673 @@
+"""bench/gpu_check without a GPU: byte counts, cases, budget, report, workers, and its checks' power to find faults."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import gpu_cases, gpu_check, gpu_oracle, gpu_plan, gpu_report, gpu_runtime, gpu_tasks, gpu_worker
+from bench.compile_kernels import SHAPES
+from bench.gpu_problems import Case
+from bench.gpu_runtime import InterpreterRuntime, Sample
+from bench.gpu_tasks import Row, Task
+from bench.gpu_traffic import (
+    copies_for,
+    launches_for,
+    markdown,
+    matrix,
+    shape_named,
+    step_traffic,
+    traffic,
+)
+
+ROOT = Path(__file__).parent.parent
+cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
+
+
+def test_weights_of_a_step_are_those_of_the_models() -> None:
+    """Every matrix once and the head: 1.2357, 3.2126 and 7.5047 billion weights."""
+    for shape, billions in zip(SHAPES, (1.2357, 3.2126, 7.5047), strict=True):
+        products = sum(math.prod(matrix(op, shape)) for op in ("qkv", "out", "gate_up", "down"))
+        weights = shape.layers * products + math.prod(matrix("head", shape))
+        assert round(weights / 1e9, 4) == billions
+        step = step_traffic(shape, length=1, context=0)
+        assert 1.0 < step / (2 * weights) < 1.001
+
+
+def test_traffic_by_hand() -> None:
+    shape = shape_named("llama-3.2-1b")
+    found = traffic("attention", shape, length=4, context=1020)
+    assert found.stationary == 2 * 8 * 1024 * 64 * 2
+    assert (found.read, found.written) == (found.stationary + 4 * 2048 * 2, 4 * 2048 * 2)
+    gate = traffic("gate_up", shape, length=1)
+    assert gate.read == 2 * 8192 * 2048 * 2 + 2 * 2048 * 2 + 32 * 4
+    assert gate.written == 8192 * 2
+    assert traffic("head", shape, length=1, itemsize=4).stationary == 128256 * 2048 * 4
+    with pytest.raises(ValueError, match="shape is 'gpt'"):
+        shape_named("gpt")
+
+
+def test_rotation_passes_three_times_the_l2() -> None:
+    for stationary in (1, 10**6, 12_582_912, 10**8, 10**9):
+        copies = copies_for(stationary, 60 * 2**20)
+        assert copies >= 2
+        assert copies * stationary > 3 * 60 * 2**20
+        launches = launches_for(stationary, copies)
+        assert launches % copies == 0
+        assert launches <= max(256 + copies, copies)
+
+
+def test_the_page_for_kernel_readers_has_the_counted_bytes() -> None:
+    assert markdown() in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_tolerance_takes_roundings_and_refuses_more() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(64, 512, dtype=torch.float64)
+    reference = exact.to(torch.bfloat16)
+    assert gpu_oracle.near(reference, exact, reference) <= 1
+    one = reference.clone()
+    one[3, 5] += 0.5
+    assert gpu_oracle.near(one, exact, reference) > 1, "one wrong element"
+    assert gpu_oracle.near(reference * 1.01, exact, reference) > 1, "all a little off"
+    one[3, 5] = math.nan
+    assert gpu_oracle.near(one, exact, reference) == math.inf
+    single = exact.float()
+    shifted = single + 40 * 2.0**-24
+    assert gpu_oracle.near(shifted, exact, single) > 1
+    assert gpu_oracle.near(shifted, exact, single, width=4096) <= 1, "64 roundings of a sum of 4096"
+    assert gpu_oracle.near(single + 200 * 2.0**-24, exact, single, width=4096) > 1
+
+
+def test_elementwise_and_relative_tolerances() -> None:
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    bound = torch.tensor([0.1, 0.1], dtype=torch.float64)
+    assert gpu_oracle.within(torch.tensor([1.04, 2.0]), exact, bound) == pytest.approx(0.566, abs=0.01)
+    assert gpu_oracle.within(torch.tensor([1.2, 2.0]), exact, bound) > 1
+    assert gpu_oracle.relative(torch.tensor([1.0, 2.02]), exact, 0.01) == pytest.approx(1.0, rel=1e-3)
+    assert gpu_oracle.relative(torch.tensor([1.0, math.inf]), exact, 0.01) == math.inf
+
+
+def test_bits() -> None:
+    nan = torch.tensor([math.nan, 0.0], dtype=torch.bfloat16)
+    assert gpu_oracle.equal(nan, nan.clone()) == 0.0
+    assert gpu_oracle.equal(torch.zeros(2), -torch.zeros(2)) == math.inf
+    assert not gpu_oracle.differ(nan, nan.clone(), exact=True)
+    near = torch.ones(3) + torch.tensor([0.0, 0.0, 2.0**-22])
+    assert gpu_oracle.differ(near, torch.ones(3), exact=True)
+    assert not gpu_oracle.differ(near, torch.ones(3), exact=False)
+    assert gpu_oracle.differ(torch.tensor([math.nan]), torch.ones(1), exact=False)
+    assert not gpu_oracle.differ(torch.tensor([-math.inf]), torch.tensor([-math.inf]), exact=False)
+
+
+def test_cases_cover_what_was_asked() -> None:
+    checks = gpu_cases.check_cases()
+    keys = [case.key for case in checks]
+    assert len(set(keys)) == len(keys)
+    for cases in (checks, gpu_cases.race_cases()):
+        assert {case.op for case in cases} == set(gpu_cases.PROBLEMS)
+        assert {case.dtype for case in cases} == set(gpu_cases.DTYPES)
+    for dtype in gpu_cases.DTYPES:
+        chosen = [case.sizes for case in checks if case.op == "attention" and case.dtype == dtype]
+        assert {s["heads"] // s["kv_heads"] for s in chosen} >= set(range(1, 9))
+        assert {s["head_dim"] for s in chosen} == {64, 96, 128}
+        assert max(s["start"] + 64 for s in chosen) == 131072
+        assert any(s.get("tree") for s in chosen)
+        splits = {case.sizes.get("splits", 1) for case in checks if case.dtype == dtype}
+        assert splits == {1, 2, 4, 8}
+    rowwise = {case.op for case in gpu_cases.invariance_cases()}
+    assert rowwise == set(gpu_cases.PROBLEMS) - {"compact"}
+    assert {1, 2, 7, 16, 17, 64} == set(gpu_cases.LENGTHS)
+    assert all(len([c for c in gpu_cases.quick(checks) if c.op == op]) == 2 for op in gpu_cases.PROBLEMS)
+
+
+def test_plan_has_every_window_and_every_timing() -> None:
+    checks, timings = gpu_plan.check_tasks(), gpu_plan.timing_tasks()
+    invariance = [task for task in checks if task.kind == "invariance"]
+    assert all(task.lengths == tuple(range(1, 65)) for task in invariance)
+    assert all(task.firsts == tuple(range(64)) for task in invariance)
+    assert any(task.case is not None and task.case.op == "forward" for task in invariance)
+    assert all(task.runs == 100 for task in checks if task.kind == "races")
+    timed = {
+        (task.op, task.shape.name, task.context, length)
+        for task in timings
+        if task.kind == "time" and task.shape is not None
+        for length in task.lengths
+    }
+    for shape in SHAPES:
+        for length in (1, 2, 4, 8, 16, 32, 64):
+            assert {(op, shape.name, 1024, length) for op in gpu_plan.TIMED_OPS} <= timed
+            assert {("attention", shape.name, context, length) for context in (8192, 32768)} <= timed
+    kinds = [task.kind for task in timings]
+    assert kinds[:4] == ["copy", "step", "step", "step"]
+    keys = [task.key for task in (*checks, *timings)]
+    assert len(set(keys)) == len(keys)
+
+
+def make(kind: str, seconds: float, op: str = "qkv") -> Task:
+    return Task(kind, Case(op, "float32", f"{seconds}", {}), seconds=seconds)
+
+
+def test_budget_checks_first_then_timings_then_what_is_left() -> None:
+    checks = [make("check", 10.0 + i) for i in range(5)]
+    timings = [make("time", 20.0), make("time", 21.0)]
+    budget = gpu_plan.Budget(list(checks), list(timings), 100.0)
+    assert budget.next(0.0) is checks[0]
+    assert budget.next(50.0) is checks[1]
+    assert budget.next(61.0) is timings[0], "after 60% timings come first"
+    assert budget.next(75.0) is timings[1]
+    assert budget.next(80.0) is checks[2]
+    assert budget.next(88.0) is None, "12 seconds are left, 13 and 14 wanted"
+    assert budget.left_out == [checks[3].key, checks[4].key]
+
+
+def test_budget_counts_on_slow_tasks_and_drops_an_op() -> None:
+    tasks = [make("check", 10.0), make("check", 1.0), make("check", 1.5, "head")]
+    budget = gpu_plan.Budget(list(tasks), [], 30.0)
+    assert budget.next(5.0, slow=3.0) is tasks[1], "three times ten do not fit"
+    budget.drop("head")
+    assert budget.next(6.0) is None
+    assert budget.left_out == [tasks[0].key, tasks[2].key]
+
+
+def test_only_keeps_the_copy() -> None:
+    kept = gpu_plan.only(gpu_plan.timing_tasks(), ["out"])
+    assert {task.op for task in kept} == {"", "out"}
+    assert kept[0].kind == "copy"
+
+
+class Fake:
+    """A problem of numbers, with a fault to plant. Row r is r + 1 in all three columns."""
+
+    rowwise = True
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.runs = fault, 0
+        self.out, self.count = torch.zeros(64, 3), torch.zeros(1)
+
+    def place(self, first: int, length: int, *, hide: bool) -> None:
+        self.first = first
+
+    def poison(self) -> None:
+        self.out.fill_(math.nan)
+
+    def start(self, length: int) -> None:
+        self.runs += 1
+        rows = torch.arange(length, dtype=torch.float32) + self.first + 1
+        self.out[:length] = rows.unsqueeze(1)
+        if self.fault == "value":
+            self.out += 0.1
+        if self.fault == "place" and length > 2:
+            self.out[2, 1] *= 1.0001
+        if self.fault == "outside" and length < 64:
+            self.out[length, 0] = 0.0
+        if self.fault == "unwritten":
+            self.out[length - 1, 2] = math.nan
+        if self.fault == "race" and self.runs % 5 == 0:
+            self.out[0, 0] *= 1 + 2**-22
+        if self.fault == "counter":
+            self.count += 1
+
+    def outputs(self, length: int) -> dict[str, Tensor]:
+        return {"x": self.out[:length]}
+
+    def untouched(self, length: int) -> dict[str, Tensor]:
+        return {"x": self.out[length:]}
+
+    def counters(self) -> list[Tensor]:
+        return [self.count]
+
+    def verdicts(self, length: int) -> dict[str, float]:
+        rows = torch.arange(length, dtype=torch.float64) + 1
+        return {"x": gpu_oracle.relative(self.out[:length], rows.unsqueeze(1).expand(-1, 3), 1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        ("", set()),
+        ("value", {"check"}),
+        ("place", {"invariance"}),
+        ("outside", {"check"}),
+        ("unwritten", {"check"}),
+        ("race", {"races"}),
+        ("counter", {"check", "races"}),
+    ],
+)
+def test_checks_find_planted_faults(fault: str, kinds: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tasks, "build_any", lambda case, place: Fake(fault))
+    case, failed = Case("qkv", "float32", "fake", {}), set()
+    tasks = (
+        Task("check", case, lengths=(1, 7)),
+        Task("invariance", case, lengths=(1, 2, 3, 9), firsts=(0, 1, 5)),
+        Task("races", case, lengths=(2,), runs=20),
+    )
+    for task in tasks:
+        rows = list(gpu_tasks.perform(task, InterpreterRuntime()))
+        assert len(rows) == 1
+        assert rows[0]["task"] == task.key
+        assert bool(rows[0]["message"]) != rows[0]["ok"]
+        json.dumps(rows[0], allow_nan=False)
+        if not rows[0]["ok"]:
+            failed.add(task.kind)
+    # A value that is wrong in the same way everywhere is no matter of invariance; NaN differs from itself there.
+    assert failed - ({"invariance"} if fault == "unwritten" else set()) == kinds
+
+
+@cpu_only
+@pytest.mark.parametrize("case", gpu_cases.tiny_cases(), ids=lambda case: case.key)
+def test_every_problem_in_the_interpreter(case: Case) -> None:
+    runtime = InterpreterRuntime()
+    tasks = [Task("check", case, lengths=(1, 17)), Task("races", case, lengths=(2,), runs=2)]
+    if case.op != "compact" and not case.sizes.get("tree"):
+        tasks.append(Task("invariance", case, lengths=(1, 5), firsts=(0, 1)))
+    for task in tasks:
+        (row,) = gpu_tasks.perform(task, runtime)
+        assert row["ok"], row["message"]
+        if task.kind == "check":
+            assert 0.0 <= row["worst"] <= 1.0
+
+
+@cpu_only
+@pytest.mark.parametrize("op", gpu_plan.TIMED_OPS)
+def test_every_workload_in_the_interpreter(op: str) -> None:
+    """Timings by an injected clock: one second a reading, so a pass over the calls takes one second."""
+    _, timings = gpu_plan.interpreter_tasks()
+    (task,) = [t for t in timings if t.op == op]
+    ticks = iter(range(10**6))
+    runtime = InterpreterRuntime(clock=lambda: float(next(ticks)))
+    (row,) = gpu_tasks.perform(replace(task, lengths=(2,)), runtime)
+    assert row["us"] == pytest.approx(1e6 / row["launches"], abs=0.01)
+    assert row["ratio"] == 1.0
+    assert not row["peer_errors"]
+    assert row["peer"] in row["peers"]
+    assert row["bytes"] > 0
+
+
+@cpu_only
+@pytest.mark.parametrize("op", [op for op in gpu_plan.TIMED_OPS if op not in ("compact", "embed", "head")])
+def test_peers_compute_what_the_kernels_do(op: str) -> None:
+    """A peer that computes something else would be no peer."""
+    from bench.gpu_timed import TIMED
+
+    _, timings = gpu_plan.interpreter_tasks()
+    (task,) = [t for t in timings if t.op == op]
+    work: Any = TIMED[op](task.shape, "float32", InterpreterRuntime().place, 1, 8)
+    for length in (1, 3):
+        launch = work.launches(length)[0]
+        launch.run()
+        ours = (work.q if op == "qkv" else work.out)[:length].clone()
+        caches = (work.k[:, 8 : 8 + length].clone(), work.v[:, 8 : 8 + length].clone()) if op == "qkv" else ()
+        for name, calls in work.peers(length).items():
+            theirs = calls[0]()
+            if op == "attention":
+                group = work.shape.heads // work.shape.kv_heads
+                shape = (work.shape.kv_heads, length, group, -1) if "rows" in name else None
+                theirs = theirs.view(shape).transpose(0, 1) if shape else theirs[0].transpose(0, 1)
+            torch.testing.assert_close(theirs.reshape(ours.shape), ours, rtol=1e-4, atol=1e-4)
+            for mine, cache in zip(caches, (work.k, work.v), strict=True) if caches else ():
+                torch.testing.assert_close(cache[:, 8 : 8 + length], mine, rtol=1e-4, atol=1e-4)
+
+
+class FakeHands:
+    """A child's hands that do what a task's op says."""
+
+    def __init__(self, device: str) -> None:
+        if device == "none":
+            raise RuntimeError("no such device")
+        self.lost = False
+
+    def perform(self, task: Task) -> Iterator[Row]:
+        yield {"kind": "check", "ok": True, "pid": os.getpid()}
+        if task.op == "raise":
+            raise ValueError("planted")
+        if task.op == "lose":
+            self.lost = True
+            raise RuntimeError("illegal memory access")
+        if task.op == "exit":
+            os._exit(7)
+        if task.op == "hang":
+            time.sleep(60)
+
+    def broken(self) -> bool:
+        return self.lost
+
+    def release(self) -> None:
+        pass
+
+
+def test_a_worker_outlives_its_children() -> None:
+    worker, rows = gpu_worker.Worker(FakeHands, "any"), list[Row]()
+    try:
+        for op, error, lost in (
+            ("", "", False),
+            ("raise", "ValueError: planted", False),
+            ("lose", "illegal memory access", True),
+            ("exit", "exit status 7", True),
+            ("", "", False),
+            ("hang", "no answer within 2 s", True),
+        ):
+            outcome = worker.run(Task("check", op=op), rows.append, limit=2.0 if op == "hang" else 60.0)
+            assert error in outcome.error
+            assert bool(outcome.error) == bool(error)
+            assert outcome.lost == lost
+    finally:
+        worker.close()
+    assert len(rows) == 6, "what a task yields before it fails is kept"
+    pids = [row["pid"] for row in rows]
+    assert pids[0] == pids[1] == pids[2]
+    assert len({pids[2], pids[3], pids[4]}) == 3
+    assert pids[4] == pids[5]
+
+
+def test_a_worker_without_a_device_says_so() -> None:
+    outcome = gpu_worker.Worker(FakeHands, "none").run(Task("describe"), lambda row: None)
+    assert outcome == gpu_worker.Outcome("RuntimeError: no such device", lost=True)
+
+
+def fake_compile(task: Task, capability: int, launchers: bool) -> int:
+    if task.op == "raise":
+        raise ValueError(f"sm_{capability} refuses")
+    return 1
+
+
+def test_compilers_work_once_per_binary_and_report_errors() -> None:
+    tasks = [
+        Task("time", op="qkv", shape=SHAPES[0], lengths=(1,)),
+        Task("time", op="qkv", shape=SHAPES[0], lengths=(2,), context=8192),
+        Task("time", op="raise", shape=SHAPES[0]),
+        Task("copy"),
+    ]
+    compilers = gpu_worker.Compilers(1, 90, launchers=False, work=fake_compile)
+    try:
+        assert compilers.ask(tasks) == 2
+        assert compilers.wait(tasks[1], 60.0) == ""
+        assert "sm_90 refuses" in compilers.wait(tasks[2], 60.0)
+        assert compilers.wait(tasks[3], 0.0) == ""
+        assert compilers.progress() == (2, 2)
+    finally:
+        compilers.close()
+
+
+def test_percentiles() -> None:
+    assert Sample.of([5.0]) == Sample(5.0, 5.0, 5.0)
+    assert Sample.of([float(i) for i in range(11)]) == Sample(2.0, 5.0, 8.0)
+
+
+def timed(kind: str, op: str, shape: str, length: int, us: float, **more: Any) -> Row:
+    row = {
+        "kind": kind,
+        "op": op,
+        "shape": shape,
+        "dtype": "bfloat16",
+        "T": length,
+        "context": 1024,
+        "us": us,
+    }
+    return row | {"gb_s": 1.0, "bytes": 2 * 10**9, "ok": True, "message": ""} | more
+
+
+COPY: Row = {"kind": "copy", "bytes_per_second": 4e12, "ok": True, "message": ""}
+
+
+def lines_of(rows: list[Row], device: str) -> list[str]:
+    return [goal.line() for goal in gpu_report.goals(gpu_report.with_shares(rows), device)]
+
+
+def test_goals_on_an_h100() -> None:
+    shape = "llama-3.2-1b"
+    rows = [
+        COPY,
+        timed("step", "triton", shape, 1, 1000.0),
+        timed("step", "triton", shape, 16, 1090.0),
+        timed("step", "triton", shape, 64, 1485.0),
+        timed("step", "torch", shape, 1, 1.0),
+        timed("step", "triton", "llama-3.2-3b", 1, 2915.0),
+        timed("time", "attention", shape, 16, 1000.0, context=32768, ratio=0.5),
+        timed("time", "attention", shape, 1, 500.0, context=32768, ratio=1.3),
+        timed("time", "attention", shape, 64, 9000.0, context=32768, ratio=0.5),
+    ]
+    lines = lines_of(rows, "NVIDIA H100 80GB HBM3")
+    assert lines[0] == "step of llama-3.2-1b, T=1, ms <= 1.1: met, 1.000 (50.0% of copy bandwidth)"
+    assert lines[1] == "step of llama-3.2-1b, T=16 over T=1 <= 1.1: met, 1.090"
+    assert lines[2] == "step of llama-3.2-1b, T=64 over T=1 <= 1.35: missed by 10.0%, 1.485"
+    assert "missed by 10.0%, 2.915" in lines[3]
+    assert lines[4].endswith("not measured")
+    assert "llama-3.1-8b, T=1, ms <= 5.85: not measured" in lines[6]
+    assert (
+        "at 32k, worst T up to 16, share of copy bandwidth >= 0.85: missed by 70.0%, 0.500 (T=16)" in lines[9]
+    )
+    (peer,) = [line for line in lines if "over torch's" in line]
+    assert "missed by 26.2%, 1.300 (llama-3.2-1b T=1 at 32768; 1 of 3 timings over)" in peer
+
+
+def test_goals_of_an_h100_are_not_held_against_another_card() -> None:
+    lines = lines_of([COPY, timed("step", "triton", "llama-3.2-1b", 1, 1000.0)], "NVIDIA H200")
+    assert (
+        "not measured (1.000 ms on this device, 50.0% of copy bandwidth; the goal is an H100's)" in lines[0]
+    )
+    assert lines_of([COPY], "interpreter") == []
+
+
+def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "gpu_check.json"
+    report = gpu_report.Report(path, {"device": "NVIDIA H200", "commit": "abc"})
+    report.add(
+        {
+            "kind": "check",
+            "op": "qkv",
+            "dtype": "float32",
+            "name": "a",
+            "ok": True,
+            "message": "",
+            "worst": 0.5,
+        }
+    )
+    first = json.loads(path.read_text())
+    assert first["commit"] == "abc"
+    assert len(first["rows"]) == 1
+    report.add(timed("time", "qkv", "llama-3.2-1b", 1, 1000.0, peer_us=900.0, ratio=1.11))
+    report.add(COPY)
+    report.add(
+        {"kind": "races", "op": "head", "dtype": "float16", "name": "b", "ok": False, "message": "2 of 9"}
+    )
+    report.left_out.append("time/embed")
+    report.save()
+    content = json.loads(path.read_text())
+    assert content["failed"] == 1
+    assert not content["complete"]
+    assert content["rows"][1]["copy_share"] == 0.5, "the copy came later, the share is there all the same"
+    assert list(path.parent.iterdir()) == [path]
+    text = gpu_report.summary(report)
+    assert "check      qkv          1 passed   0 failed, worst 0.50 of the tolerance" in text
+    assert "FAILED races head/float16/b: 2 of 9" in text
+    assert "time/embed" in text
+    assert "llama-3.2-1b   qkv" in text
+    assert "50.0%" in text
+    assert text.endswith("FAILED: 1 results")
+
+
+class FakeCuda:
+    """What CudaRuntime asks of torch.cuda, noted down in order."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.now = "outer"
+        self.millis = 0.0
+        outer = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = outer.millis
+
+            def elapsed_time(self, later: Event) -> float:
+                return later.at - self.at
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                outer.notes.append("replay")
+                outer.millis += 0.8
+
+            def reset(self) -> None:
+                outer.notes.append("reset")
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def Stream(self, device: object) -> SimpleNamespace:
+        return SimpleNamespace(name="side", wait_stream=lambda other: self.notes.append("side waits"))
+
+    def current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(name=self.now, wait_stream=lambda other: self.notes.append("outer waits"))
+
+    def set_stream(self, stream: SimpleNamespace) -> None:
+        self.now = stream.name
+
+    def stream(self, stream: SimpleNamespace) -> Any:
+        return self._within(stream.name)
+
+    def graph(self, graph: object, stream: SimpleNamespace) -> Any:
+        self.notes.append("capture")
+        return self._within(stream.name)
+
+    def _within(self, name: str) -> Any:
+        fake = self
+
+        class Within:
+            def __enter__(self) -> None:
+                self.before, fake.now = fake.now, name
+
+            def __exit__(self, kind: object, *_: object) -> None:
+                if kind is None:
+                    fake.now = self.before
+
+        return Within()
+
+    def synchronize(self, device: object = None) -> None:
+        self.notes.append("sync")
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, device: object) -> SimpleNamespace:
+        return SimpleNamespace(L2_cache_size=60 * 2**20)
+
+    def get_device_capability(self, device: object) -> tuple[int, int]:
+        return 9, 0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(gpu_runtime.torch, "cuda", fake)
+    return fake
+
+
+def test_every_kernel_runs_before_the_capture(fake_cuda: FakeCuda) -> None:
+    runtime = gpu_runtime.CudaRuntime()
+    assert runtime.place.capability == 90
+    calls = [lambda i=i: fake_cuda.notes.append(f"call {i} on {fake_cuda.now}") for i in range(4)]
+    sample = runtime.time(calls, replays=5)
+    assert sample.median == pytest.approx(0.8e3 / 4)
+    captured = fake_cuda.notes.index("capture")
+    before, after = fake_cuda.notes[:captured], fake_cuda.notes[captured + 1 :]
+    assert before == ["side waits", "call 0 on side", "call 1 on side", "outer waits", "sync"]
+    assert after[:4] == [f"call {i} on side" for i in range(4)]
+    assert after[4:] == ["replay"] * 8 + ["sync", "reset"], "three replays are not counted"
+    assert fake_cuda.now == "outer"
+
+
+def test_a_failed_capture_gives_the_stream_back(fake_cuda: FakeCuda) -> None:
+    def fail() -> None:
+        if "capture" in fake_cuda.notes:
+            raise RuntimeError("not while capturing")
+
+    with pytest.raises(RuntimeError, match="not while"):
+        gpu_runtime.CudaRuntime().time([fail, fail])
+    assert fake_cuda.now == "outer"
+
+
+@cpu_only
+def test_the_command_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--device",
+        "interpreter",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "compact,out",
+        "--commit",
+        "abc",
+    ]
+    assert gpu_check.main(arguments) == 0
+    content = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert content["commit"] == "abc"
+    assert content["device"] == "interpreter"
+    assert content["complete"]
+    kinds = {(row["kind"], row.get("op")) for row in content["rows"]}
+    assert {
+        ("copy", None),
+        ("check", "compact"),
+        ("races", "out"),
+        ("invariance", "out"),
+        ("time", "out"),
+    } <= kinds
+    assert capsys.readouterr().out.rstrip().endswith("passed")
+
+
+@cpu_only
+def test_profiling_one_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--profile", "compact", "--shape", "llama-3.2-1b", "--T", "2", "--context", "10"]
+    assert gpu_check.main([*arguments, "--iterations", "2", "--device", "interpreter"]) == 0
+    assert "2 launches of compact, llama-3.2-1b, T=2, context 10" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected one of"):
+        gpu_check.main(["--profile", "nothing", "--device", "interpreter"])
+
+
+def test_a_crashing_op_is_left_out_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four tasks of an op that loses the device, then one of another: three crashes, one left out, one passes."""
+    tasks = [Task("check", Case("qkv", "float32", f"n{i}", {})) for i in range(4)]
+    tasks.append(Task("check", Case("head", "float32", "n", {})))
+    monkeypatch.setattr(gpu_plan, "interpreter_tasks", lambda: (list(tasks), []))
+
+    class Lossy:
+        def __init__(self, *_: object) -> None:
+            self.closed = False
+
+        def run(self, task: Task, on_row: Any, limit: float | None = None) -> gpu_worker.Outcome:
+            if task.case is not None and task.case.op == "qkv":
+                return gpu_worker.Outcome("CUDA error: an illegal memory access", lost=True)
+            on_row({"kind": task.kind, "op": "head", "ok": True, "message": "", "device": "interpreter"})
+            return gpu_worker.Outcome("", lost=False)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(gpu_worker, "Worker", Lossy)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_check.main(["--device", "interpreter", "--out", str(tmp_path)]) == 1
+    content = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert content["failed"] == 3
+    assert content["left_out"] == [tasks[3].key]
+    assert content["rows"][-1]["op"] == "head"
+    assert "illegal memory access" in content["rows"][0]["message"]
