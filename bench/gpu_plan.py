@@ -124,7 +124,8 @@ def interpreter_tasks() -> tuple[list[Task], list[Task]]:
     """The same flow at sizes that the interpreter runs in seconds."""
     tiny = Shape("tiny", 64, 96, 1, 2, 1, 64, 100)
     whole = forward_case(tiny, start=5, dtype="float32")
-    whole = replace(whole, sizes={**whole.sizes, "layers": 1})
+    # Few rows: each costs a pass of tens of milliseconds before the first check.
+    whole = replace(whole, sizes={**whole.sizes, "layers": 1, "rows": 18})
     made = [*cases.tiny_cases(), whole]
     checks = [Task("check", case, lengths=(1, 17)) for case in made]
     checks += [

@@ -190,14 +190,15 @@ class Activations:
         return cls(base, sums, source.new(WINDOW, width), torch.empty_like(sums[:, :WINDOW]).contiguous())
 
     def place(self, first: int, length: int, hide: bool) -> None:
-        """Fill the buffers."""
+        """Fill the buffers as far as there are rows: no window goes past the last."""
         x, sums = self.base[first : first + WINDOW], self.base_sums[:, first : first + WINDOW]
+        rows = x.shape[0]
         if self.order is None:
-            self.x.copy_(x)
-            self.sums.copy_(sums)
+            self.x[:rows].copy_(x)
+            self.sums[:, :rows].copy_(sums)
         else:
-            self.x.index_copy_(0, self.order, x)
-            self.sums.index_copy_(1, self.order, sums)
+            self.x.index_copy_(0, self.order[:rows], x)
+            self.sums.index_copy_(1, self.order[:rows], sums)
         if hide and length < WINDOW:
             hidden = torch.arange(length, WINDOW, device=x.device)
             hidden = hidden if self.order is None else self.order[hidden]
@@ -207,6 +208,12 @@ class Activations:
     def normed(self, norm: Tensor, kind: torch.dtype) -> Tensor:
         """The first 64 rows normalised in `kind`."""
         return reference.rms_norm(self.base[:WINDOW].to(kind), norm.to(kind), EPS)
+
+
+def fill(buffer: Tensor, base: Tensor, first: int) -> None:
+    """Rows from `first` on into a window's buffer, as many as there are."""
+    rows = base[first : first + WINDOW]
+    buffer[: rows.shape[0]].copy_(rows)
 
 
 def to_kind(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:
@@ -249,7 +256,7 @@ class Embed:
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Tokens; past the window they are out of the vocabulary."""
-        self.tokens.copy_(self.base[first : first + WINDOW])
+        fill(self.tokens, self.base, first)
         if hide:
             self.tokens[length:] = 2**40
 
@@ -402,7 +409,7 @@ class Project:
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Rows and residual."""
         self.acts.place(first, length, hide)
-        self.residual.copy_(self.base[first : first + WINDOW])
+        fill(self.residual, self.base, first)
         if hide:
             self.residual[length:] = math.nan
 

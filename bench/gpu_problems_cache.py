@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu_oracle as oracle
-from bench.gpu_problems import ROWS, Case, Place, Source
+from bench.gpu_problems import ROWS, Case, Place, Source, fill
 from pyramid_rt.kernels import attention, compact, reference
 from pyramid_rt.kernels.attention_configs import Splits, config_for
 from pyramid_rt.kernels.common import WINDOW, Launch
@@ -95,7 +95,7 @@ class Attention:
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Queries and their position; with `hide` the cache after the window is NaN."""
         self.first = first
-        self.q.copy_(self.base_q[first : first + WINDOW])
+        fill(self.q, self.base_q, first)
         self.at.fill_(self.base_start + first)
         self.k, self.v = self.base_k, self.base_v
         if hide:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import gpu_oracle as oracle
 from bench.compile_kernels import Shape
-from bench.gpu_problems import EPS, ROWS, Case, Judge, Place, Source
+from bench.gpu_problems import EPS, ROWS, Case, Judge, Place, Source, fill
 from pyramid_rt.kernels.common import WINDOW, Launch
 from pyramid_rt.models.backend import TorchBackend, make_backend
 from pyramid_rt.models.config import LlamaConfig
@@ -81,7 +81,7 @@ def converted(model: Llama, dtype: torch.dtype) -> Llama:
 
 
 class Forward:
-    """Whole passes. Sizes: those of a `Shape`, and start: the cached rows before the window.
+    """Whole passes. Sizes: those of a `Shape`, start: the cached rows before the window, and optional rows.
 
     The rows' true keys and values come from passes of one row, so every window is held against those.
     """
@@ -90,21 +90,21 @@ class Forward:
 
     def __init__(self, case: Case, place: Place) -> None:
         source, sizes = Source(place, case), dict(case.sizes)
-        self.base_start = sizes.pop("start")
+        self.base_start, count = sizes.pop("start"), sizes.pop("rows", ROWS)
         shape = Shape(case.name, **sizes)
-        self.max_seq = self.base_start + ROWS + 1
+        self.max_seq = self.base_start + count + 1
         self.config = llama_config(shape, tied=True, positions=self.max_seq)
         self.model = random_llama(self.config, source, backend="triton", max_seq=self.max_seq)
         self.cache = KVCache.allocate(self.config, self.max_seq, source.dtype, place.device)
-        self.base = source.integers(self.base_start + ROWS, high=shape.vocab)
+        self.base = source.integers(self.base_start + count, high=shape.vocab)
         self.at, self.tokens = source.scalar(0), source.new(WINDOW, dtype=torch.int64)
         self.rows = torch.arange(WINDOW, device=place.device)
         self.first = 0
-        self.fill(1)
+        self.prefill(1)
         self.filled = self.cache.buffer.clone()
         self.judge = Judge()
 
-    def fill(self, chunk: int) -> None:
+    def prefill(self, chunk: int) -> None:
         """Prefill the whole sequence in windows of `chunk` tokens, from an empty cache."""
         self.cache.buffer.zero_()
         for begin in range(0, self.base.shape[0], chunk):
@@ -118,7 +118,7 @@ class Forward:
 
     def chunked_differs(self, chunk: int, *, exact: bool) -> Tensor:
         """Whether the cache depends on the width of the prefill's windows: 0-d bool."""
-        self.fill(chunk)
+        self.prefill(chunk)
         return oracle.differ(self.cache.buffer, self.filled, exact=exact)
 
     def launches(self, length: int) -> list[Launch]:
@@ -129,7 +129,7 @@ class Forward:
         """Tokens, position, and the cache before the window."""
         self.first = first
         begin = self.base_start + first
-        self.tokens.copy_(self.base[begin : begin + WINDOW])
+        fill(self.tokens, self.base, begin)
         self.at.fill_(begin)
         self.cache.buffer.copy_(self.filled)
 
@@ -176,7 +176,8 @@ class Forward:
     def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
         model = converted(self.model, kind)
         cache = KVCache.allocate(self.config, self.max_seq, kind, self.at.device)
-        begin, end = self.base_start, self.base_start + WINDOW
+        begin = self.base_start
+        end = min(begin + WINDOW, self.base.shape[0])
         rows = torch.arange(begin, end, device=self.at.device)
         logits = forward(model, cache, self.base[:end], torch.zeros_like(self.at), rows=rows, kv_bound=end)
         if logits is None:

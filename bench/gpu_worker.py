@@ -208,11 +208,17 @@ def compile_task(task: Task, capability: int, launchers: bool) -> int:
     from bench.gpu_cases import build
     from bench.gpu_problems import Place
     from bench.gpu_timed import TIMED
+    from bench.gpu_traffic import STEP_OPS, shape_named
 
     driver.set_active(StubDriver(capability))
     place = Place(torch.device("meta"), capability)
-    if task.case is not None:
-        launches = build(task.case, place).launches(1) if task.case.op != "forward" else []
+    if task.case is not None and task.case.op == "forward":
+        # Named after its shape: the kernels of a whole pass.
+        parts = (task.case.dtype, place, 1, task.context)
+        shape = shape_named(task.case.name)
+        launches = [TIMED[op](shape, *parts).launches(1)[0] for op in STEP_OPS]
+    elif task.case is not None:
+        launches = build(task.case, place).launches(1)
     else:
         work = TIMED[task.op](task.shape, task.dtype, place, 1, task.context, task.config)
         launches = work.launches(1)[:1]

@@ -232,6 +232,26 @@ def test_every_problem_in_the_interpreter(case: Case) -> None:
 
 
 @cpu_only
+@pytest.mark.parametrize("case", [c for c in gpu_cases.tiny_cases() if c.op in ("embed", "out")])
+def test_the_last_window_of_all_rows(case: Case) -> None:
+    """Rows 63 .. 126, and row 126 alone in front of nothing."""
+    task = Task("invariance", case, lengths=(1, 64), firsts=(63,))
+    (row,) = gpu_tasks.perform(task, InterpreterRuntime())
+    assert row["ok"], row["message"]
+    assert row["windows"] == 2
+
+
+@cpu_only
+def test_whole_passes_in_the_interpreter() -> None:
+    checks, _ = gpu_plan.interpreter_tasks()
+    tasks = {task.kind: task for task in checks if task.case is not None and task.case.op == "forward"}
+    assert set(tasks) == {"check", "invariance", "chunks", "races"}
+    for kind in ("check", "invariance", "chunks"):
+        (row,) = gpu_tasks.perform(tasks[kind], InterpreterRuntime())
+        assert row["ok"], row["message"]
+
+
+@cpu_only
 @pytest.mark.parametrize("op", gpu_plan.TIMED_OPS)
 def test_every_workload_in_the_interpreter(op: str) -> None:
     """Timings by an injected clock: one second a reading, so a pass over the calls takes one second."""

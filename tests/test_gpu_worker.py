@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from bench import gpu_runtime, gpu_worker
 from bench.compile_kernels import SHAPES
+from bench.gpu_cases import llama_sizes
+from bench.gpu_problems import Case
 from bench.gpu_runtime import Sample
 from bench.gpu_tasks import Row, Task
 
@@ -94,6 +97,24 @@ def test_compilers_work_once_per_binary_and_report_errors() -> None:
         assert compilers.progress() == (2, 2)
     finally:
         compilers.close()
+
+
+def test_compiling_ahead_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a device that is not there, of another architecture than any default."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tasks = [
+        Task("check", Case("compact", "float16", "llama", llama_sizes("compact", SHAPES[0], 8))),
+        Task("time", op="embed", shape=SHAPES[0]),
+    ]
+    compilers = gpu_worker.Compilers(1, 90, launchers=False)
+    try:
+        assert compilers.ask(tasks) == 2
+        assert [compilers.wait(task, 250.0) for task in tasks] == ["", ""]
+    finally:
+        compilers.close()
+    assert len(list(tmp_path.rglob("compact_kernel.cubin"))) == 2, "with the tokens and without"
+    assert len(list(tmp_path.rglob("embed_kernel.cubin"))) == 1
 
 
 def test_percentiles() -> None:
