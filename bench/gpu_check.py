@@ -171,6 +171,7 @@ class Run:
             if self.crashes[op] == MOST_CRASHES:
                 self.budget.drop(op)
                 self.report.notes.append(f"{op}: the rest left out after {MOST_CRASHES} lost devices")
+        self.report.save()
         bad = [row for row in self.report.rows[-rows:] if not row.get("ok", True)] if rows else []
         mark = "FAILED" if bad else ""
         self.say(f"{self.elapsed():6.1f} s  {task.key:60} {self.elapsed() - before:5.1f} s {mark}")

@@ -120,7 +120,7 @@ class Report:
     _saved: float = -1e9
 
     def add(self, row: Row) -> None:
-        """Keep a row; write at most twice a second."""
+        """Keep a row; write at most twice a second. Whoever adds the last of several saves."""
         self.rows.append(row)
         if time.monotonic() - self._saved > 0.5:
             self.save()
