@@ -6,7 +6,8 @@
 
 Results go to DIR/gpu_check.json row by row, so that a kill loses nothing. Every kernel is compiled ahead in
 parallel processes; tasks run in a child that may crash or hang without taking the run along. Checks come first,
-then timings in order of worth; what did not fit the minutes is listed. Exit status 1 if a check failed.
+then timings in order of worth; what did not fit the minutes is listed. So is what the device's memory does
+not hold. Exit status 1 if a check failed.
 
 `--profile` runs one kernel over rotated weights in a loop and nothing else, for a profiler around this command.
 The interpreter runs the same flow at tiny sizes on the CPU; its times mean nothing.
@@ -161,8 +162,11 @@ class Run:
         outcome = self.worker.run(task, keep, min(task.limit, max(left, 5.0)))
         if outcome.error:
             hung_at_the_end = left < task.limit and outcome.error.startswith("no answer")
-            if hung_at_the_end:
+            too_large = outcome.error.startswith("OutOfMemoryError")
+            if hung_at_the_end or too_large:
                 self.report.left_out.append(task.key)
+                if too_large:
+                    self.report.notes.append(f"{task.key}: more memory than this device has free")
             else:
                 keep(failure(task, outcome.error))
         if outcome.lost:

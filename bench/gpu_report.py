@@ -255,31 +255,58 @@ def check_summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def timing_table(rows: Sequence[Row]) -> list[str]:
-    """Timings, whole steps first: microseconds, GB/s, share of the copy, torch's microseconds, the ratio."""
-    lines = [
-        f"{'shape':14} {'op':11} {'context':>7} {'T':>3} {'us':>10} {'GB/s':>7} {'copy':>6} "
-        f"{'torch us':>10} {'ratio':>6}"
-    ]
+def _timed(rows: Sequence[Row]) -> list[Row]:
+    """Timings, whole steps first."""
     order = {"step": 0, "time": 1}
     timed = [row for row in rows if row["kind"] in order and "us" in row]
-    timed.sort(key=lambda r: (order[r["kind"]], r["shape"], r["op"], r["context"], r["T"]))
-    for row in timed:
+    return sorted(timed, key=lambda r: (order[r["kind"]], r["shape"], r["op"], r["context"], r["T"]))
+
+
+def timing_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per timing: microseconds, GB/s, share of the copy, torch's microseconds, the ratio."""
+    lines = [
+        f"{'shape':14} {'op':11} {'context':>7} {'T':>3} {'us':>10} {'GB/s':>7} {'copy':>6} "
+        f"{'torch us':>10} {'ratio':>6}  torch's calls"
+    ]
+    for row in _timed(rows):
         share = f"{row['copy_share']:.1%}" if "copy_share" in row else "-"
         peer = f"{row['peer_us']:.2f}" if "peer_us" in row else "-"
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
         name = f"step/{row['op']}" if row["kind"] == "step" else row["op"]
         lines.append(
             f"{row['shape']:14} {name:11} {row['context']:7} {row['T']:3} {row['us']:10.2f} {row['gb_s']:7.0f} "
-            f"{share:>6} {peer:>10} {ratio:>6}"
+            f"{share:>6} {peer:>10} {ratio:>6}  {row.get('peer', '')}".rstrip()
         )
+    return lines
+
+
+def timing_table(rows: Sequence[Row]) -> list[str]:
+    """The same in short, for it is the end of an output that survives: a line per op, shape and context, a cell
+    per T with microseconds, share of the copy, time over torch's.
+    """
+    timed = _timed(rows)
+    if not timed:
+        return []
+    lengths = sorted({row["T"] for row in timed})
+    width = 19
+    head = f"{'us, % of copy bandwidth, time over torch':42}"
+    lines = [head + "".join(f"{f'T={length}':>{width}}" for length in lengths)]
+    table: dict[str, dict[int, str]] = {}
+    for row in timed:
+        share = f"{row['copy_share']:.0%}" if "copy_share" in row else "-"
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        name = f"step, {row['op']}" if row["kind"] == "step" else row["op"]
+        key = f"{row['shape']:14} {name:14} at {row['context']}"
+        table.setdefault(key, {})[row["T"]] = f"{row['us']:.2f} {share:>4} {ratio:>4}"
+    for key, cells in table.items():
+        lines.append(f"{key:42}" + "".join(f"{cells.get(length, ''):>{width}}" for length in lengths))
     return lines
 
 
 def summary(report: Report) -> str:
     """What is printed last."""
     rows = with_shares(report.rows)
-    parts = [*timing_table(rows), "", *check_summary(rows), ""]
+    parts = [*timing_lines(rows), "", *timing_table(rows), "", *check_summary(rows), ""]
     parts += [goal.line() for goal in goals(rows, str(report.head.get("device", "")))]
     if report.left_out:
         parts.append(f"\nleft out for lack of time or after a crash ({len(report.left_out)}):")

@@ -329,6 +329,31 @@ def test_profiling_one_kernel(capsys: pytest.CaptureFixture[str]) -> None:
         gpu_check.main(["--profile", "nothing", "--device", "interpreter"])
 
 
+def test_what_memory_does_not_hold_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("check", Case("head", "float64", "n", {}))
+    monkeypatch.setattr(gpu_plan, "interpreter_tasks", lambda: ([task], []))
+
+    class Small:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def run(self, task: Task, on_row: Any, limit: float | None = None) -> gpu_worker.Outcome:
+            if task.kind == "describe":
+                on_row({"device": "interpreter"})
+                return gpu_worker.Outcome("", lost=False)
+            return gpu_worker.Outcome("OutOfMemoryError: CUDA out of memory", lost=False)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu_worker, "Worker", Small)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_check.main(["--device", "interpreter", "--out", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert content["left_out"] == [task.key]
+    assert "more memory" in content["notes"][0]
+
+
 def test_a_crashing_op_is_left_out_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
     assert "check      qkv          1 passed   0 failed, worst 0.50 of the tolerance" in text
     assert "FAILED races head/float16/b: 2 of 9" in text
     assert "time/embed" in text
-    assert "llama-3.2-1b   qkv" in text
-    assert "50.0%" in text
+    assert "llama-3.2-1b   qkv            1024   1    1000.00       1  50.0%     900.00   1.11" in text
+    assert "llama-3.2-1b   qkv            at 1024" in text
+    assert "1000.00  50% 1.11" in text
     assert text.endswith("FAILED: 1 results")
