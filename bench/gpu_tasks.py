@@ -143,7 +143,8 @@ def invariance(task: Task, runtime: Runtime) -> Iterator[Row]:
     assert task.case is not None
     problem, tally = build_any(task.case, runtime.place), Tally()
     lone: dict[str, list[Tensor]] = {}
-    for row in range(max(task.firsts) + max(task.lengths)):
+    lowest = min(task.firsts)
+    for row in range(lowest, max(task.firsts) + max(task.lengths)):
         for name, out in run_window(problem, row, 1, hide=False).items():
             lone.setdefault(name, []).append(out.clone())
     expected = {name: torch.cat(rows) for name, rows in lone.items()}
@@ -154,7 +155,7 @@ def invariance(task: Task, runtime: Runtime) -> Iterator[Row]:
             problem.poison()
             problem.start(length)
             for name, out in problem.outputs(length).items():
-                want = expected[name][first : first + length]
+                want = expected[name][first - lowest : first - lowest + length]
                 flags[first, length, name] = oracle.differ(out, want, exact=runtime.exact)
     differing = torch.stack(list(flags.values())).tolist()
     for (first, length, name), differs in zip(flags, differing, strict=True):

@@ -256,7 +256,7 @@ class Tuner:
         from bench.gpu_problems import Place
         from bench.gpu_tasks import Task
         from bench.gpu_worker import Compilers
-        from bench.tune_space import fits, items, literal
+        from bench.tune_space import first_round, fits, items, literal
 
         outcome = self.worker.run(Task("describe"), lambda row: self.head.update(row), 120)
         if outcome.error:
@@ -272,6 +272,11 @@ class Tuner:
                 if left < 5:
                     print(f"no time left for {', '.join(later.name for later in todo[index:])}")
                     break
+                # The next item's first candidates are compiled while this one's are timed.
+                for near in todo[index : index + 2]:
+                    first = first_round(near.op, shipped_config(near, place, dtype), dtype.itemsize)
+                    wanted = [c for c in first if fits(near, c, arch=capability, itemsize=dtype.itemsize)]
+                    compilers.ask([task for config in wanted for task in self.tasks(near, config)])
                 share = left / (len(todo) - index)
                 found = search(
                     item,
