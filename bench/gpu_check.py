@@ -99,6 +99,7 @@ class Run:
 
     def run(self) -> int:
         """All of it; the exit status."""
+        from bench.gpu_plan import compile_order
         from bench.gpu_report import summary
         from bench.gpu_tasks import Task
         from bench.gpu_worker import Compilers
@@ -116,7 +117,7 @@ class Run:
             if self.options.device == "cuda":
                 capability = int(self.report.head["capability"])
                 compilers = Compilers(self.options.workers, capability, launchers=True)
-                jobs = compilers.ask([*self.budget.checks, *self.budget.timings])
+                jobs = compilers.ask(compile_order(self.budget.checks, self.budget.timings))
                 self.say(f"{self.elapsed():6.1f} s  {jobs} compilations by {self.options.workers} processes")
             self._tasks(compilers)
         finally:
@@ -130,17 +131,21 @@ class Run:
     def _tasks(self, compilers: object) -> None:
         from bench.gpu_worker import Compilers
 
+        pool = compilers if isinstance(compilers, Compilers) else None
         guessed = spent = 0.0
-        while (
-            task := self.budget.next(self.elapsed(), max(1.0, spent / guessed) if guessed > 20 else 1.0)
-        ) is not None:
-            if isinstance(compilers, Compilers):
+        while True:
+            # A guess is only corrected by enough of what it was wrong about.
+            slow = max(1.0, spent / guessed) if guessed > 20 else 1.0
+            task = self.budget.next(self.elapsed(), slow, pool.ready if pool else lambda task: True)
+            if task is None:
+                return
+            if pool is not None:
                 waiting = self.elapsed()
-                problem = compilers.wait(task, self.budget.seconds - waiting)
+                problem = pool.wait(task, self.budget.seconds - waiting)
                 if problem:
                     self.report.notes.append(f"{task.compiles}: {problem}")
                 if self.elapsed() - waiting > 2:
-                    done, asked = compilers.progress()
+                    done, asked = pool.progress()
                     self.say(f"{self.elapsed():6.1f} s  compiled {done} of {asked}")
             before = self.elapsed()
             self._one(task)

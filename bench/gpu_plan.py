@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from bench import gpu_cases as cases
@@ -102,6 +102,15 @@ def timing_tasks() -> list[Task]:
     return tasks
 
 
+def compile_order(checks: list[Task], timings: list[Task]) -> list[Task]:
+    """The shipping type's checks, then timings, whose binaries are mostly the same, then other types."""
+
+    def first(task: Task) -> bool:
+        return task.case is not None and task.case.dtype == "bfloat16"
+
+    return [*filter(first, checks), *timings, *(task for task in checks if not first(task))]
+
+
 def quick_tasks() -> tuple[list[Task], list[Task]]:
     """A smoke run: a few cases of every op and kind, one shape timed."""
     whole = forward_case()
@@ -162,21 +171,29 @@ class Budget:
     seconds: float
     left_out: list[str] = field(default_factory=list)
 
-    def next(self, elapsed: float, slow: float = 1.0) -> Task | None:
+    def next(
+        self, elapsed: float, slow: float = 1.0, ready: Callable[[Task], bool] = lambda task: True
+    ) -> Task | None:
         """The next task that is guessed to fit, None when nothing does.
 
         Args:
             elapsed: seconds since the start.
             slow: how much longer tasks took so far than guessed.
+            ready: tasks that need not wait for a compiler go first, in their order.
         """
         late = elapsed > CHECK_SHARE * self.seconds
-        while self.checks or self.timings:
-            queue = self.checks if self.checks and not (late and self.timings) else self.timings
-            task = queue.pop(0)
-            if elapsed + task.seconds * slow <= self.seconds:
-                return task
-            self.left_out.append(task.key)
-        return None
+        queues = (self.timings, self.checks) if late else (self.checks, self.timings)
+        for queue in queues:
+            for task in [t for t in queue if elapsed + t.seconds * slow > self.seconds]:
+                queue.remove(task)
+                self.left_out.append(task.key)
+        waiting = [(queue, task) for queue in queues for task in queue]
+        if not waiting:
+            return None
+        # Of the first queue with any ready task its first ready one; without one, what matters most.
+        queue, task = next((pair for pair in waiting if ready(pair[1])), waiting[0])
+        queue.remove(task)
+        return task
 
     def drop(self, op: str) -> None:
         """Leave out what remains of an op whose launches crash the device."""

@@ -67,7 +67,7 @@ class Task:
         """Tasks that share it run the same binaries."""
         if self.case is not None:
             return f"case/{self.case.key}"
-        if self.kind not in ("time", "tune") or self.shape is None:
+        if self.kind not in ("time", "tune", "step") or self.shape is None:
             return ""
         return f"timed/{self.op}/{self.shape.name}/{self.dtype}/{self.config or 'shipped'}"
 

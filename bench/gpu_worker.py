@@ -212,11 +212,12 @@ def compile_task(task: Task, capability: int, launchers: bool) -> int:
 
     driver.set_active(StubDriver(capability))
     place = Place(torch.device("meta"), capability)
-    if task.case is not None and task.case.op == "forward":
-        # Named after its shape: the kernels of a whole pass.
-        parts = (task.case.dtype, place, 1, task.context)
-        shape = shape_named(task.case.name)
-        launches = [TIMED[op](shape, *parts).launches(1)[0] for op in STEP_OPS]
+    whole = task.case is not None and task.case.op == "forward"
+    if whole or task.kind == "step":
+        # A whole pass. Its case is named after the shape.
+        shape = shape_named(task.case.name) if task.case is not None else task.shape
+        dtype = task.case.dtype if task.case is not None else task.dtype
+        launches = [TIMED[op](shape, dtype, place, 1, task.context).launches(1)[0] for op in STEP_OPS]
     elif task.case is not None:
         launches = build(task.case, place).launches(1)
     else:
@@ -276,6 +277,11 @@ class Compilers:
         except Exception as error:
             return f"{type(error).__name__}: {error}"[:600]
         return ""
+
+    def ready(self, task: Task) -> bool:
+        """Whether waiting for a task's binaries would take no time."""
+        future = self._futures.get(task.compiles)
+        return future is None or future.done()
 
     def progress(self) -> tuple[int, int]:
         """Jobs done and asked for."""

@@ -124,6 +124,19 @@ def test_budget_checks_first_then_timings_then_what_is_left() -> None:
     assert budget.left_out == [checks[3].key, checks[4].key]
 
 
+def test_budget_does_not_wait_for_compilers_while_others_are_ready() -> None:
+    checks = [make("check", 1.0 + i) for i in range(3)]
+    timings = [make("time", 10.0)]
+    budget = gpu_plan.Budget(list(checks), list(timings), 100.0)
+    assert budget.next(0.0, ready=lambda task: task is checks[1]) is checks[1]
+    assert budget.next(1.0, ready=lambda task: task is timings[0]) is timings[0]
+    assert budget.next(2.0, ready=lambda task: False) is checks[0], "nothing is ready: what matters most"
+    order = gpu_plan.compile_order(gpu_plan.check_tasks(), gpu_plan.timing_tasks())
+    types = [task.case.dtype if task.case else "timing" for task in order]
+    assert list(dict.fromkeys(types)) == ["bfloat16", "timing", "float16", "float32"]
+    assert len(order) == len(gpu_plan.check_tasks()) + len(gpu_plan.timing_tasks())
+
+
 def test_budget_counts_on_slow_tasks_and_drops_an_op() -> None:
     tasks = [make("check", 10.0), make("check", 1.0), make("check", 1.5, "head")]
     budget = gpu_plan.Budget(list(tasks), [], 30.0)

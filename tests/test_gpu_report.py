@@ -117,6 +117,18 @@ def test_goals_of_an_h100_are_not_held_against_another_card() -> None:
     assert lines_of([COPY], "interpreter") == []
 
 
+def test_an_op_that_is_wrong_is_not_compared() -> None:
+    rows = [
+        timed("time", "qkv", "llama-3.2-1b", 1, 10.0, ratio=0.5),
+        timed("time", "out", "llama-3.2-1b", 1, 10.0, ratio=0.5),
+        {"kind": "races", "op": "qkv", "ok": False, "message": ""},
+    ]
+    found = gpu_report.with_shares(rows)
+    assert "ratio" not in found[0]
+    assert found[1]["ratio"] == 0.5
+    assert len([line for line in lines_of(rows, "NVIDIA H200") if "over torch's" in line]) == 1
+
+
 def test_the_file_is_whole_after_every_row(tmp_path: Path) -> None:
     path = tmp_path / "new" / "gpu_check.json"
     report = gpu_report.Report(path, {"device": "NVIDIA H200", "commit": "abc"})
