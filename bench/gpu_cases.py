@@ -84,6 +84,8 @@ def odd_cases(dtype: str) -> Iterator[Case]:
         ("gate_up", {"inner": 100, "width": 200, "splits": 2, "sub_tiles": 1}),
         ("head", {"vocab": 101, "padded": 104, "width": 72}),
         ("head", {"vocab": 1000, "padded": 1004, "width": 200, "noise": 10, "sub_tiles": 1}),
+        ("head", {"vocab": 1000, "padded": 1000, "width": 256, "noise": 10, "placed": 1}),
+        ("embed", {"vocab": 37, "hidden": 128, "placed": 1}),
     )
     for number, (op, sizes) in enumerate(odd):
         yield Case(op, dtype, f"odd-{number}", sizes)
@@ -130,7 +132,7 @@ def invariance_cases() -> list[Case]:
     """For batch invariance: what is rowwise, in order of worth."""
     skipped = ("compact",)
     cases = [c for c in llama_cases("bfloat16") if c.op not in skipped]
-    cases += [c for c in odd_cases("bfloat16") if c.op != "embed"]
+    cases += [c for c in odd_cases("bfloat16") if c.op != "embed" or "placed" in c.sizes]
     cases += [c for c in attention_cases("bfloat16", tree=False) if c.sizes["start"] < 100_000]
     for dtype in ("float16", "float32"):
         cases += [c for c in llama_cases(dtype, SHAPES[:1]) if c.op not in skipped]
@@ -140,7 +142,7 @@ def invariance_cases() -> list[Case]:
 def race_cases() -> list[Case]:
     """For 100 runs beside other work."""
     cases = [*llama_cases("bfloat16"), *attention_cases("bfloat16")]
-    cases += [c for c in odd_cases("bfloat16") if c.op != "embed"]
+    cases += [c for c in odd_cases("bfloat16") if c.op != "embed" or "placed" in c.sizes]
     for dtype in ("float16", "float32"):
         cases += llama_cases(dtype, SHAPES[:1])
     return cases
@@ -172,6 +174,8 @@ def tiny_cases() -> list[Case]:
         ("gate_up", "float32", {"inner": 40, "width": 72}),
         ("down", "bfloat16", {"channels": 72, "width": 160, "splits": 4, "sub_tiles": 1}),
         ("head", "float32", {"vocab": 101, "padded": 104, "width": 40, "noise": 7}),
+        ("head", "bfloat16", {"vocab": 60, "padded": 64, "width": 40, "noise": 7, "placed": 1}),
+        ("embed", "float16", {"vocab": 37, "hidden": 64, "placed": 1}),
         (
             "compact",
             "float16",

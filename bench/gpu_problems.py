@@ -237,7 +237,7 @@ class Judge:
 
 
 class Embed:
-    """`kernels.embed`. Sizes: vocab, hidden."""
+    """`kernels.embed`. Sizes: vocab, hidden; placed (the window's place read on the device) optional."""
 
     rowwise = True
 
@@ -246,19 +246,28 @@ class Embed:
         vocab, hidden = case.sizes["vocab"], case.sizes["hidden"]
         self.table = source.random(vocab, hidden)
         self.base = source.integers(ROWS, high=vocab)
-        self.tokens = source.new(WINDOW, dtype=torch.int64)
+        # Placed, the window stands in a longer buffer behind this many other tokens.
+        self.before = 37 if case.sizes.get("placed") else 0
+        self.at = source.scalar(self.before) if self.before else None
+        self.tokens = source.new(self.before + ROWS if self.before else WINDOW, dtype=torch.int64)
         self.out = source.new(WINDOW, hidden)
         self.sums = source.new(-(-hidden // 64), WINDOW, dtype=torch.float32)
 
     def launches(self, length: int) -> list[Launch]:
         """One."""
-        return [embed.plan(self.table, self.tokens, length, self.out, self.sums)]
+        return [embed.plan(self.table, self.tokens, length, self.out, self.sums, self.at)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Tokens; past the window they are out of the vocabulary."""
-        fill(self.tokens, self.base, first)
+        if self.at is None:
+            fill(self.tokens, self.base, first)
+        else:
+            self.tokens[self.before :] = self.base
+            self.at.fill_(self.before + first)
         if hide:
-            self.tokens[length:] = 2**40
+            begin = self.before + first if self.before else 0
+            self.tokens[:begin] = 2**40
+            self.tokens[begin + length :] = 2**40
 
     def poison(self) -> None:
         """Both outputs."""

@@ -14,9 +14,10 @@ from pyramid_rt.kernels.common import WINDOW, Launch
 
 
 class Head:
-    """`kernels.head`. Sizes: vocab, padded, width; noise (temperature in tenths), config optional.
+    """`kernels.head`. Sizes: vocab, padded, width; noise (temperature in tenths), placed, config optional.
 
-    Rows of the window lie scattered in x, so that the gather is exercised too.
+    Rows of the window lie scattered in x, so that the gather is exercised too; placed, they are found by numbers
+    that the kernel reads on the device.
     """
 
     rowwise = True
@@ -26,7 +27,11 @@ class Head:
         source, sizes = Source(place, case), case.sizes
         self.vocab, padded, width = sizes["vocab"], sizes["padded"], sizes["width"]
         self.acts = Activations.make(source, width)
-        if place.device.type != "meta":
+        # Window start, position that row 0 decides, position of the outputs' row 0.
+        self.placement: tuple[Tensor, Tensor, Tensor] | None = None
+        if sizes.get("placed"):
+            self.placement = (source.scalar(0), source.scalar(0), source.scalar(0))
+        elif place.device.type != "meta":
             self.acts.order = (torch.arange(WINDOW, device=place.device) * 5 + 3) % WINDOW
         self.rows = source.new(WINDOW, dtype=torch.int64) if self.acts.order is None else self.acts.order
         self.norm = source.random(width)
@@ -48,10 +53,12 @@ class Head:
         """One."""
         acts, noise = self.acts, None
         if self.temperature:
-            noise = head.Noise(self.seed, self.positions[:length], self.heat)
+            positions = None if self.placement else self.positions[:length]
+            noise = head.Noise(self.seed, positions, self.heat)
+        rows = self.rows[:length] if self.placement is None else head.Placement(*self.placement, length)
         return [
             head.plan(
-                acts.x, acts.sums, self.norm, EPS, self.weight, self.rows[:length], self.vocab, self.logits,
+                acts.x, acts.sums, self.norm, EPS, self.weight, rows, self.vocab, self.logits,
                 self.stats, noise, self.config,
             )
         ]  # fmt: skip
@@ -59,6 +66,10 @@ class Head:
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Rows and the positions that they decide."""
         self.acts.place(first, length, hide)
+        if self.placement is not None:
+            decided = (1 << 20) + first
+            for scalar, value in zip(self.placement, (decided - 1, decided, decided), strict=True):
+                scalar.fill_(value)
         torch.arange((1 << 20) + first, (1 << 20) + first + WINDOW, out=self.positions)
 
     def poison(self) -> None:
