@@ -17,14 +17,14 @@ DRAFTED, QUALIFIED = 4, 14
 STANDS_FOR_ALL = ("llama-3.2-1b", "bfloat16")
 
 
-def decision_variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Variant]:
+def variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Variant]:
     """Every kernel of a round, with filters and without, for each rule and form of divergence."""
     import torch
 
     from bench.compile_gate import Needs
     from bench.compile_kernels import MAX_SEQ, Variant
-    from pyramid_rt.kernels import decision, sample, thresholds
-    from pyramid_rt.kernels.board import Board
+    from pyramid_rt.kernels import decision, report, sample, thresholds
+    from pyramid_rt.kernels.board import COUNTERS, Board
 
     if (shape.name, str(dtype).removeprefix("torch.")) != STANDS_FOR_ALL:
         return
@@ -32,6 +32,10 @@ def decision_variants(shape: Shape, dtype: Any, arch: int, length: int) -> Itera
     board = Board.allocate(3, rows, MAX_SEQ + 64, shape.vocab, lists=True, device=torch.device("meta"))
     several = Needs(arrival=True)
     yield Variant("begin", sample.plan_begin(board), Needs())
+    commit = QUALIFIED + DRAFTED + 1
+    numbers = torch.empty(3 + (2 + COUNTERS) * 3 + commit, dtype=torch.int64, device="meta")
+    reported = torch.empty((), dtype=torch.int64, device="meta")
+    yield Variant("report", report.plan(board, reported, numbers, commit), Needs())
     for stored in (False, True):
         yield Variant(
             f"sample{'-stored' if stored else ''}", sample.plan(board, 0, first=False, stored=stored), Needs()

@@ -242,10 +242,18 @@ def compact_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
         yield Variant(name, compact.plan(cache, tokens, _ints(1), _ints(64), _ints(1)), Needs())
 
 
+def decision_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
+    """What decides a round; its variants fill a module of their own."""
+    from bench.compile_decision import variants
+
+    yield from variants(shape, dtype, arch, length)
+
+
 # An op joins with one line: how to plan it for a model's shape, dtype, architecture and T. Those that take
 # longest to compile come first, so that no worker is left with one at the end.
 OPS: dict[str, Callable[[Shape, Any, int, int], Iterator[Variant]]] = {
     "head": head_variants,
+    "decision": decision_variants,
     "attention": attention_variants,
     "qkv": qkv_variants,
     "gate_up": gate_up_variants,
