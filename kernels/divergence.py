@@ -33,8 +33,10 @@ def terms(p_log: tl.tensor, q_log: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
         total = tl.where(no_p, 0.0, tl.where(no_q, float("inf"), -(p * d)))
     elif KIND == 1:
         half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
-        both = (p + q) * 0.5 * (tl.abs(d) + 2.0 * half)
-        total = tl.where(no_p != no_q, tl.where(p + q > 0.0, float("inf"), 0.0), tl.where(no_p, 0.0, both))
+        mean = (p + q) * 0.5
+        # log(m / p) + log(m / q), infinite where just one of them has the entry.
+        alone = tl.where(mean > 0.0, float("inf"), 0.0)
+        total = mean * tl.where(no_p == no_q, tl.abs(d) + 2.0 * half, alone)
     else:
         half = tl.log(0.5 + 0.5 * tl.exp(-tl.abs(d)))
         # Where the other one lacks the entry, m is half of this one.
