@@ -24,6 +24,9 @@ from pyramid_rt.throughput import Costs, Prediction, Setting, Trace, predict, re
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
 
+# A pyramid keeps the buffers and captured graphs of so many plans; where more take turns, each has to be made anew
+# before it is timed.
+PLANS_KEPT = 4
 PROBE_PROMPTS = 3
 SEARCH_TOKENS = 500
 LEAST_TOKENS = 16
@@ -359,6 +362,8 @@ class _Session:
                 turn = []
                 for contender in contenders:
                     self.on_step(f"{contender.setting.method}, repeat {repeat + 1}")
+                    if len(contenders) > PLANS_KEPT:
+                        self._run(prompt, contender.setting, seed, WARM_UP_TOKENS)
                     turn.append(self._run(prompt, contender.setting, seed))
                 turns.append(turn)
                 longest = max(longest, self.clock() - begin)
@@ -370,7 +375,7 @@ class _Session:
 
     def _affordable(self, contenders: Sequence[Prediction]) -> list[Prediction]:
         """The first contenders, two of them at least, that can be warmed up and run on one prompt in time."""
-        turns = 1 + min(1.0, WARM_UP_TOKENS / self.traces[0].length)
+        turns = 1 + 2 * min(1.0, WARM_UP_TOKENS / self.traces[0].length)
         kept: list[Prediction] = []
         needed = 0.0
         for contender in contenders:

@@ -13,9 +13,9 @@ from positions import MAX_SEQ, VOCAB, PositionTier
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.methods import tiers_of
-from pyramid_rt.recursion import Recursion
 from pyramid_rt.state import COLUMN, State
 from pyramid_rt.throughput import Costs, Curve, Replay, Setting, Trace, predict, replay
+from pyramid_rt.torch_steps import TorchRounds
 
 PROMPT, NEW = 3, 40
 
@@ -108,13 +108,13 @@ def decode(tables: list[torch.Tensor], setting: Setting, *, host_control: bool) 
     state.end.add_(PROMPT)
     for cached in state.cached[:-1]:
         cached.add_(PROMPT)
-    recursion = Recursion(tiers, plan, state, VOCAB)
+    rounds_of = TorchRounds(tiers, plan, state, VOCAB)
     window = state.tokens[:PROMPT]
-    recursion.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
+    rounds_of.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
     tiers[-1].passes.clear()
     rounds = 0
     while int(state.end) < PROMPT + NEW:
-        recursion.outer_round()
+        rounds_of.outer_round()
         rounds += 1
     top = state.counters[max(plan.tiers - 2, 0)]
     differing = int(top[COLUMN["differs"]]) if plan.rules else 0
