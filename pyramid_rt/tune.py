@@ -310,9 +310,7 @@ class _Session:
             plan=plan,
             levels=levels,
             seconds=sum(run.seconds for run in runs) - prefill,
-            forwards=tuple(
-                sum(run.stats["tiers"][place]["seconds"] for run in runs) for place in range(len(levels))
-            ),
+            forwards=_seconds_of_tiers(runs),
             priced=tuple(price * count / total for price, count, total in priced),
             passes=tuple(counted),
         )
@@ -439,6 +437,16 @@ class _Race:
         """Per repeat, tokens per second of a contender over all prompts."""
         runs = [[turn[place] for turn in turns] for turns in self.repeats]
         return [sum(len(run.tokens) for run in each) / sum(run.seconds for run in each) for each in runs]
+
+
+def _seconds_of_tiers(runs: Sequence[_Run]) -> tuple[float, ...] | None:
+    """Per tier, the seconds of its passes in all runs; None where they are not known."""
+    by_tier = [
+        [run.stats["tiers"][place]["seconds"] for run in runs] for place in range(len(runs[0].stats["tiers"]))
+    ]
+    if any(seconds is None for tier in by_tier for seconds in tier):
+        return None
+    return tuple(map(sum, by_tier))
 
 
 def _acceptance(runs: Sequence[_Run]) -> dict[str, float | None]:
