@@ -81,7 +81,7 @@ def reject_kernel(
             tl.sum(tl.where(steps == accepted, p_place, 0), 0), tl.sum(tl.where(steps == accepted, q_place, 0), 0),
             proposal + accepted, padded, vocab, temperature, LEVEL, SHARES, SCAN,
         )  # fmt: skip
-    all_done = arrive(arrivals_ptr + 0, SHARES)
+    all_done = arrive(arrivals_ptr, SHARES)
     if all_done:
         flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
         residual = proposal * 0

@@ -108,13 +108,13 @@ def decode(tables: list[torch.Tensor], setting: Setting, *, host_control: bool) 
     state.end.add_(PROMPT)
     for cached in state.cached[:-1]:
         cached.add_(PROMPT)
-    rounds_of = TorchRounds(tiers, plan, state, VOCAB)
+    recursion = TorchRounds(tiers, plan, state, VOCAB)
     window = state.tokens[:PROMPT]
-    rounds_of.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
+    recursion.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
     tiers[-1].passes.clear()
     rounds = 0
     while int(state.end) < PROMPT + NEW:
-        rounds_of.outer_round()
+        recursion.outer_round()
         rounds += 1
     top = state.counters[max(plan.tiers - 2, 0)]
     differing = int(top[COLUMN["differs"]]) if plan.rules else 0
