@@ -189,7 +189,7 @@ class Probe:
     Attributes:
         plan, levels: its chain, and for each tier of it the index in the pyramid.
         seconds: of decoding, without the prompts' processing.
-        forwards: per tier of the chain, the part of them spent in its passes.
+        forwards: per tier of the chain, the part of them spent in its passes; None where CUDA graphs hide it.
         priced: the same, as `Costs.curves` have it.
         passes: per tier of the chain, how many there were.
     """
@@ -197,7 +197,7 @@ class Probe:
     plan: Plan
     levels: tuple[int, ...]
     seconds: float
-    forwards: tuple[float, ...]
+    forwards: tuple[float, ...] | None
     priced: tuple[float, ...]
     passes: tuple[int, ...]
 
@@ -208,14 +208,22 @@ def calibrated(costs: Costs, probes: Sequence[Probe]) -> Costs:
     The curve of a tier is scaled by its seconds in all probes over what they were priced at. What comes beside
     passes is the least-squares solution, none of it negative, of one equation per probe:
     seconds - forwards = sum over kinds (`kinds_of`) of passes of that kind times its cost.
+
+    Where graphs hide what tiers take, the scales are the solution of seconds = sum over tiers of scale * priced, and
+    nothing comes beside.
     """
-    curves = list(costs.curves)
-    for level, curve in enumerate(curves):
-        places = [(probe, probe.levels.index(level)) for probe in probes if level in probe.levels]
-        priced = sum(probe.priced[place] for probe, place in places)
-        if priced > 0:
-            scale = sum(probe.forwards[place] for probe, place in places) / priced
-            curves[level] = Curve(curve.widths, tuple(scale * seconds for seconds in curve.seconds))
+    timed = [(probe, probe.forwards) for probe in probes if probe.forwards is not None]
+    if len(timed) < len(probes):
+        return replace(
+            costs, curves=_scaled(costs.curves, _scales_of_whole_rounds(len(costs.curves), probes))
+        )
+    scales = []
+    for level in range(len(costs.curves)):
+        places = [
+            (probe, seconds, probe.levels.index(level)) for probe, seconds in timed if level in probe.levels
+        ]
+        priced = sum(probe.priced[place] for probe, _, place in places)
+        scales.append(sum(seconds[place] for _, seconds, place in places) / priced if priced > 0 else 1.0)
     counts: list[Counter[str]] = []
     for probe in probes:
         counts.append(Counter())
@@ -224,16 +232,35 @@ def calibrated(costs: Costs, probes: Sequence[Probe]) -> Costs:
     kinds = sorted({kind for count in counts for kind in count})
     found = non_negative_solution(
         [[float(count[kind]) for kind in kinds] for count in counts],
-        [probe.seconds - sum(probe.forwards) for probe in probes],
+        [probe.seconds - sum(seconds) for probe, seconds in timed],
     )
     known = dict(zip(kinds, found, strict=True))
     return replace(
         costs,
-        curves=tuple(curves),
+        curves=_scaled(costs.curves, scales),
         plain=known.get("plain", 0.0),
         step=known.get("step", 0.0),
         match=known.get("match", 0.0),
         fuzzy=known.get("fuzzy", 0.0),
+    )
+
+
+def _scales_of_whole_rounds(tiers: int, probes: Sequence[Probe]) -> list[float]:
+    """Per tier, a factor for its curve, from seconds of whole generations."""
+    rows = [
+        [probe.priced[probe.levels.index(level)] if level in probe.levels else 0.0 for level in range(tiers)]
+        for probe in probes
+    ]
+    seconds = [probe.seconds for probe in probes]
+    overall = max(0.0, sum(seconds)) / sum(map(sum, rows))
+    # A tier that seems to cost nothing drowned in the noise; free it is not.
+    return [scale or overall for scale in non_negative_solution(rows, seconds)]
+
+
+def _scaled(curves: Sequence[Curve], scales: Sequence[float]) -> tuple[Curve, ...]:
+    return tuple(
+        Curve(curve.widths, tuple(scale * seconds for seconds in curve.seconds))
+        for curve, scale in zip(curves, scales, strict=True)
     )
 
 

@@ -24,6 +24,9 @@ from pyramid_rt.throughput import Costs, Prediction, Setting, Trace, predict, re
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
 
+# A pyramid keeps the buffers and captured graphs of so many plans; where more take turns, each has to be made anew
+# before it is timed.
+PLANS_KEPT = 4
 PROBE_PROMPTS = 3
 SEARCH_TOKENS = 500
 LEAST_TOKENS = 16
@@ -307,9 +310,7 @@ class _Session:
             plan=plan,
             levels=levels,
             seconds=sum(run.seconds for run in runs) - prefill,
-            forwards=tuple(
-                sum(run.stats["tiers"][place]["seconds"] for run in runs) for place in range(len(levels))
-            ),
+            forwards=_seconds_of_tiers(runs),
             priced=tuple(price * count / total for price, count, total in priced),
             passes=tuple(counted),
         )
@@ -359,6 +360,8 @@ class _Session:
                 turn = []
                 for contender in contenders:
                     self.on_step(f"{contender.setting.method}, repeat {repeat + 1}")
+                    if len(contenders) > PLANS_KEPT:
+                        self._run(prompt, contender.setting, seed, WARM_UP_TOKENS)
                     turn.append(self._run(prompt, contender.setting, seed))
                 turns.append(turn)
                 longest = max(longest, self.clock() - begin)
@@ -370,7 +373,7 @@ class _Session:
 
     def _affordable(self, contenders: Sequence[Prediction]) -> list[Prediction]:
         """The first contenders, two of them at least, that can be warmed up and run on one prompt in time."""
-        turns = 1 + min(1.0, WARM_UP_TOKENS / self.traces[0].length)
+        turns = 1 + 2 * min(1.0, WARM_UP_TOKENS / self.traces[0].length)
         kept: list[Prediction] = []
         needed = 0.0
         for contender in contenders:
@@ -434,6 +437,16 @@ class _Race:
         """Per repeat, tokens per second of a contender over all prompts."""
         runs = [[turn[place] for turn in turns] for turns in self.repeats]
         return [sum(len(run.tokens) for run in each) / sum(run.seconds for run in each) for each in runs]
+
+
+def _seconds_of_tiers(runs: Sequence[_Run]) -> tuple[float, ...] | None:
+    """Per tier, the seconds of its passes in all runs; None where they are not known."""
+    by_tier = [
+        [run.stats["tiers"][place]["seconds"] for run in runs] for place in range(len(runs[0].stats["tiers"]))
+    ]
+    if any(seconds is None for tier in by_tier for seconds in tier):
+        return None
+    return tuple(map(sum, by_tier))
 
 
 def _acceptance(runs: Sequence[_Run]) -> dict[str, float | None]:

@@ -154,6 +154,25 @@ def test_calibration_by_hand() -> None:
     assert (found.plain, found.step, found.match, found.fuzzy) == pytest.approx((5.0, 2.0, 3.0, 4.0))
 
 
+def test_calibration_where_graphs_hide_the_tiers() -> None:
+    costs = Costs((Curve((1,), (1.0,)), Curve((1,), (2.0,)), Curve((1,), (10.0,))), ((), (), ()))
+    settings = (Setting("ar"), Setting("sd", 2), Setting("sd", 6), Setting("psd", 2, 2, 0.1))
+    plans = [setting.plan({}, host_control=False) for setting in settings]
+    # The target takes half of its price, the draft a quarter, the qualifier three quarters.
+    probes = [
+        Probe(plans[0], (2,), 50.0, None, (100.0,), (10,)),
+        Probe(plans[1], (0, 2), 2.0 + 20.0, None, (8.0, 40.0), (8, 4)),
+        Probe(plans[2], (0, 2), 3.0 + 10.0, None, (12.0, 20.0), (12, 2)),
+        Probe(plans[3], (0, 1, 2), 1.0 + 6.0 + 10.0, None, (4.0, 8.0, 20.0), (4, 4, 2)),
+    ]
+    found = calibrated(costs, probes)
+    assert [curve.seconds[0] for curve in found.curves] == pytest.approx([0.25, 1.5, 5.0])
+    assert (found.plain, found.step, found.match, found.fuzzy) == (0.0, 0.0, 0.0, 0.0)
+    # A draft that seems to take less than nothing is not free: it is scaled as all of it.
+    probes[1:] = [Probe(plans[1], (0, 2), 19.0, None, (8.0, 40.0), (8, 4))]
+    assert calibrated(costs, probes).curves[0].seconds[0] == pytest.approx(69.0 / 148.0)
+
+
 def test_what_is_not_there_is_not_negative() -> None:
     costs = Costs((Curve((1,), (1.0,)),), ((),))
     plan = Setting("ar").plan({}, host_control=True)

@@ -112,6 +112,16 @@ def test_under_device_control_every_pass_of_a_round_is_paid(clock: FakeClock) ->
         assert row.prediction.tokens_per_target_forward == pytest.approx(row.tokens_per_target_forward)
 
 
+def test_seconds_that_graphs_hide_are_done_without(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyramid = made_up(clock, (0.7, 0.9), [flat(0.05), flat(0.2), flat(1.0)])
+    open_ = search(pyramid, clock)
+    monkeypatch.setattr("pyramid_rt.generation.Generation.seconds", lambda self: [None] * self._plan.tiers)
+    hidden = search(pyramid, clock)
+    assert hidden.defaults() == open_.defaults()
+    for row in hidden.rows:
+        assert row.prediction.tokens_per_second == pytest.approx(row.tokens_per_second, rel=1e-6)
+
+
 def test_two_tiers_are_enough(clock: FakeClock) -> None:
     tuning = search(made_up(clock, [0.9], [flat(0.01), flat(1.0)]), clock)
     assert tuning.defaults()["method"] == "sd"
