@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyramid_rt.directory import PYRAMID_FILE, PyramidDirectory, _path_from, _write_atomically
+from pyramid_rt.directory import PYRAMID_FILE, PyramidDirectory, path_from, write_atomically
 from pyramid_rt.errors import InputError, WeightsError
 
 NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"
@@ -50,11 +50,11 @@ def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))
         else:
-            content = {name: _path_from(opened.path, path) for name, path in opened.tiers.items()}
+            content = {name: path_from(opened.path, path) for name, path in opened.tiers.items()}
         merged = {**content.get("defaults", {}), **defaults}
         if "qualifier_length" in defaults:
             merged.pop("inner_rounds", None)
-        _write_atomically(file, {**content, "defaults": merged})
+        write_atomically(file, {**content, "defaults": merged})
     except OSError as error:
         raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
     return file

@@ -145,7 +145,7 @@ def init(
         raise WeightsError(f"{file} exists already; force replaces it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_atomically(file, {name: _path_from(directory, path) for name, path in tiers.items()})
+        write_atomically(file, {name: path_from(directory, path) for name, path in tiers.items()})
     except OSError as error:
         raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
     return file
@@ -219,13 +219,13 @@ def _typed_default(path: Path, key: str, value: Any) -> Any:
     return expected(value)
 
 
-def _path_from(directory: Path, path: Path) -> str:
+def path_from(directory: Path, path: Path) -> str:
     """A path inside the directory is written relative to it, so that both can move together."""
     path, directory = path.resolve(), directory.resolve()
     return str(path.relative_to(directory) if path.is_relative_to(directory) else path)
 
 
-def _write_atomically(file: Path, content: Mapping[str, Any]) -> None:
+def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -29,7 +29,7 @@ from pyramid_rt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 CHAIN = "chain"
-_ENGINES_KEPT = 4
+_ENGINES_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
