@@ -203,13 +203,14 @@ def _store(
     score = logits
     if NOISY:
         temperature = tl.load(temperature_ptr)
-        if WHERE == PLACED:
-            position = tl.load(positions_ptr) + row
-        else:
-            position = tl.load(positions_ptr + row, mask=keep, other=0)
-        noise = own_noise(seed_ptr, position, tile, BLOCK_N)
-        scaled = tl.div_rn(logits, tl.zeros_like(logits) + tl.where(temperature > 0.0, temperature, 1.0))
-        score = tl.where(temperature > 0.0, scaled + noise, logits)
+        # The noise is more work than all the rest of the epilogue, and greedy decoding needs none.
+        if temperature > 0.0:
+            if WHERE == PLACED:
+                position = tl.load(positions_ptr) + row
+            else:
+                position = tl.load(positions_ptr + row, mask=keep, other=0)
+            noise = own_noise(seed_ptr, position, tile, BLOCK_N)
+            score = tl.div_rn(logits, tl.zeros_like(logits) + temperature) + noise
     best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     at = wide_row * tl.num_programs(1) + tile
     tl.store(peak_ptr + at, peak, mask=keep)

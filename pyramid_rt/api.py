@@ -74,18 +74,19 @@ def load(
     params = _checked_defaults(directory)
     plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control, backend)
     plan.check()
-    tiers = [
-        ModelTier.load(
-            name,
-            path,
-            device=place,
-            dtype=kind,
-            max_seq=max_seq,
-            backend=backend,
-            progress=None if progress is None else _named(progress, name),
-        )
-        for name, path in directory.tiers.items()
-    ]
+    tiers: list[ModelTier] = []
+    try:
+        for name, path in directory.tiers.items():
+            told = None if progress is None else _named(progress, name)
+            tiers.append(
+                ModelTier.load(
+                    name, path, device=place, dtype=kind, max_seq=max_seq, backend=backend, progress=told
+                )
+            )
+    except torch.OutOfMemoryError as error:
+        # Another process took what was free, or it is in pieces; the traceback would hold what was loaded.
+        tiers.clear()
+        raise plan.error(f"the device ran out at tier {name!r}: {error}") from None
     pyramid = Pyramid(
         tiers,
         tokenizer=tokenizers["target"],

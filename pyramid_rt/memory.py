@@ -55,15 +55,18 @@ class MemoryPlan:
 
     def check(self) -> None:
         """Raise MemoryPlanError, with the whole plan in it, where it does not fit."""
-        if self.available is None or self.total <= self.available:
-            return
+        if self.available is not None and self.total > self.available:
+            short = f"{(self.total - self.available) / MIB:.0f} MiB short"
+            raise self.error(f"{self.available / MIB:.0f} MiB are free, {short}")
+
+    def error(self, found: str) -> MemoryPlanError:
+        """An error that says what is needed, `found` (what there is), each tier's part, and what would help."""
         tiers = "; ".join(
             f"{name}: weights {weights / MIB:.0f} MiB, cache {cache / MIB:.0f} MiB, buffers {other / MIB:.0f} MiB"
             for name, weights, cache, other in self.rows()
         )
-        raise MemoryPlanError(
-            f"the pyramid needs {self.total / MIB:.0f} MiB and {self.available / MIB:.0f} MiB are free, "
-            f"{(self.total - self.available) / MIB:.0f} MiB short ({tiers}); "
+        return MemoryPlanError(
+            f"the pyramid needs {self.total / MIB:.0f} MiB and {found} ({tiers}); "
             "a smaller dtype halves the weights and caches, a smaller max_seq shrinks the caches"
         )
 

@@ -19,6 +19,7 @@ from pyramid_rt.memory import MemoryPlan
 from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
+from pyramid_rt.rounds import by_kernels
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise
@@ -298,6 +299,8 @@ class Pyramid:
             replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
         )
         names = tuple(tier.name for tier in tiers)
+        if by_kernels(tiers, plan):
+            plan = replace(plan, noisy=True)  # kernels read the temperature, 0 too, on the device
         key = (names, rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
         if key not in self._kept:
             while len(self._kept) >= _ENGINES_KEPT:

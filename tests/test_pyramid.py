@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from pyramid_rt import (
     WeightsError,
     memory,
 )
+from pyramid_rt.model_tier import ModelTier
 
 PROMPT = "def fibonacci(n):"
 OTHERS = ("sd", "psd")
@@ -210,6 +213,27 @@ def test_memory_is_planned_before_it_is_taken(tiny_dir, monkeypatch):
     monkeypatch.setattr(memory, "_available", lambda device: 300_000)
     with pytest.raises(MemoryPlanError, match=r"MiB short \(draft: weights .* dtype .* max_seq"):
         pyramid_rt.load(tiny_dir, device="cpu")
+
+
+def test_out_of_memory_while_loading_gives_the_plan_and_frees_what_was_taken(tiny_dir, monkeypatch):
+    loaded = []
+    real = ModelTier.load.__func__
+
+    def load(cls, name, *args, **kwargs):
+        if name == "target":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        tier = real(cls, name, *args, **kwargs)
+        loaded.append(weakref.ref(tier))
+        return tier
+
+    monkeypatch.setattr(ModelTier, "load", classmethod(load))
+    message = (
+        r"needs \d+ MiB and the device ran out at tier 'target': CUDA out of memory.*draft: weights .*max_seq"
+    )
+    with pytest.raises(MemoryPlanError, match=message):
+        pyramid_rt.load(tiny_dir, device="cpu")
+    gc.collect()
+    assert [tier() for tier in loaded] == [None, None]
 
 
 def test_the_memory_plan_is_what_is_taken(tiny):

@@ -114,6 +114,13 @@ class ViewsOnly(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Nothing(TorchDispatchMode):
+    """Fails on every torch op."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"a torch op inside a round: {func.overloadpacket.__name__}")
+
+
 def test_no_torch_op_and_no_allocation_inside_a_pass(directories: dict[str, Path]) -> None:
     model, cache = load(directories["gqa8"], max_seq=MAX_SEQ, backend="triton")
     launches: list[Launch] = []
@@ -353,6 +360,31 @@ def test_a_round_is_its_passes_and_a_launch_for_each_decision(
         layers = {tier.name: tier.config.num_layers for tier in pyramid.tiers}  # type: ignore[attr-defined]
         found = next(iter(pyramid._kept.values())).launches()
     assert found == sum(count * (5 * layers[name] + 2) for name, count in passes.items()) + decisions + 1
+
+
+def test_a_round_of_kernels_runs_no_torch_op(micro_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but launches, the report included, so nothing is allocated and nothing read by the host."""
+    ran: list[str] = []
+    options: dict[str, Any] = {"draft_length": 2, "qualifier_length": 4, "temperature": 0.7, "top_p": 0.9}
+    with pyramid_rt.load(micro_dir, device="cpu", max_seq=160, backend="triton", control="device") as pyramid:
+        pyramid.prepare(method="psd", lossless_rule="rejection", **options)
+        engine = next(iter(pyramid._kept.values()))
+        engine._rounds.stages(engine._rounds.capacity)  # type: ignore[attr-defined]
+        monkeypatch.setattr(Launch, "run", lambda launch: ran.append(launch.kernel.__name__))
+        with Nothing():
+            engine.run(100)
+        with Nothing(), pytest.raises(AssertionError, match="add"):
+            engine.state.end.add(1)
+    assert len(ran) == engine.launches()
+    assert ran[-1] == "report_kernel"
+    assert {"embed_kernel", "head_kernel", "sample_kernel"} <= set(ran)
+
+
+def test_temperature_zero_is_no_plan_of_its_own(micro_dir: Path) -> None:
+    with pyramid_rt.load(micro_dir, device="cpu", max_seq=160, backend="triton", control="device") as pyramid:
+        for temperature in (0.0, 0.7):
+            pyramid.prepare(method="sd", temperature=temperature)
+        assert len(pyramid._kept) == 1
 
 
 def test_unknown_shape_is_named_by_load(tiny_dir: Path) -> None:
