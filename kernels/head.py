@@ -209,8 +209,8 @@ def _store(
                 position = tl.load(positions_ptr) + row
             else:
                 position = tl.load(positions_ptr + row, mask=keep, other=0)
-            noise = own_noise(seed_ptr, position, tile, BLOCK_N)
-            score = tl.div_rn(logits, tl.zeros_like(logits) + temperature) + noise
+            drawn = own_noise(seed_ptr, position, tile, BLOCK_N)
+            score = tl.div_rn(logits, tl.zeros_like(logits) + temperature) + drawn
     best, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     at = wide_row * tl.num_programs(1) + tile
     tl.store(peak_ptr + at, peak, mask=keep)
