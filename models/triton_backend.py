@@ -322,21 +322,21 @@ def plan_pass(
     *,
     width: int,
     kv_bound: int,
-    placement: Placement,
+    placement: Placement | None,
     outputs: HeadOutputs,
 ) -> list[Launch]:
     """The launches of a pass over tokens[start : start + width] of the token buffer, none of them run.
 
     Everything that may change between two runs is read on the device, so the list can be run again and again,
-    and be captured. A window of more than 64 rows (a prompt's last chunk) is cut into parts whose beginnings are
-    fixed now; its placement's `start` is then that of the last part, which the caller need not know.
+    and be captured.
 
     Args:
         model: of the `triton` backend. cache: of the same shape and dtype.
         tokens: int64 [max_seq + 64].
         start: 0-d int64.
-        width, kv_bound: as T and kv_bound of `llama.forward`.
-        placement: which rows get logits, and where they go; its `start` is `start`.
+        width: T, up to 64. kv_bound: as in `llama.forward`.
+        placement: which rows get logits, and where they go; its `start` is `start`. None: only the cache is
+            written.
         outputs: the buffers.
     """
     backend = model.backend
@@ -344,14 +344,11 @@ def plan_pass(
     launches: list[Launch] = []
     recorder = backend.recorded(launches)
     group = model.config.num_heads // model.config.num_kv_heads
-    last = (width - 1) // WINDOW * WINDOW
-    for begin in range(0, width, WINDOW):
-        begins = start + begin if begin else start
-        window = recorder.window(model.rotary, begins, min(WINDOW, width - begin), kv_bound, group)
-        recorder.embed_placed(model.embedding, tokens, window)
-        run_layers(model, cache, recorder, backend.buffers.stream, window, begin < last)
-    placed = replace(placement, start=start + last) if last else placement
-    recorder.head_placed(placed, model.norm, model.config.rms_norm_eps, model.head, outputs)
+    window = recorder.window(model.rotary, start, width, kv_bound, group)
+    recorder.embed_placed(model.embedding, tokens, window)
+    run_layers(model, cache, recorder, backend.buffers.stream, window, placement is None)
+    if placement is not None:
+        recorder.head_placed(placement, model.norm, model.config.rms_norm_eps, model.head, outputs)
     return launches
 
 

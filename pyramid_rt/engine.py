@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
 
-from pyramid_rt.graphs import GraphedRound, Recorder
+from pyramid_rt.graphs import Graphs, Recorder
+from pyramid_rt.models.llama import SLACK_ROWS
 from pyramid_rt.readback import RoundReader, Snapshot
 from pyramid_rt.recursion import Clock
-from pyramid_rt.rounds import by_kernels, rounds_for
+from pyramid_rt.rounds import WindowRounds, by_kernels, rounds_for
 from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import Tier
+
+PREFILL_CHUNK = 512
 
 
 class Engine:
@@ -44,12 +47,14 @@ class Engine:
         self.ahead = 0 if plan.host_control or plan.logprobs is not None else 1
         self._rounds = rounds_for(tiers, plan, self.state, vocab_size)
         self._reader = RoundReader(plan, self.state, self.ahead)
-        self._graphed: GraphedRound | None = None
+        self._graphs: Graphs | None = None
         if recorder is not None:
             names = tuple(tier.name for tier in tiers)
-            self._graphed = GraphedRound(
-                self._rounds, self._round, self.state, [self._reader.reported], plan, max_seq, names, recorder
-            )
+            others = [self._reader.reported]
+            self._graphs = Graphs(self._rounds, self.state, others, plan, max_seq, names, recorder)
+        self._context = max_seq
+        # What the prompt is processed by: lists of launches on windows of one width, or the tiers' own way.
+        self._fillers = cast(WindowRounds, self._rounds) if self.state.board is not None else None
 
     @property
     def unread(self) -> int:
@@ -59,7 +64,12 @@ class Engine:
     @property
     def captured(self) -> bool:
         """Whether rounds run as graphs, in which no tier can be timed."""
-        return self._graphed is not None
+        return self._graphs is not None
+
+    @property
+    def chunk(self) -> int:
+        """Most tokens of the prompt that are processed at a time."""
+        return PREFILL_CHUNK if self._fillers is None else SLACK_ROWS
 
     def launches(self) -> int | None:
         """Kernel launches of an outer round; None where torch decides how many."""
@@ -68,17 +78,40 @@ class Engine:
 
     def prepare(self) -> int:
         """Capture what will be needed, for every length of text; how many graphs were new."""
-        return 0 if self._graphed is None else self._graphed.prepare()
+        if self._graphs is None:
+            return 0
+        count = self._graphs.prepare("round", self._round)
+        if self._fillers is not None:
+            levels = range(self.plan.tiers)
+            count += sum(self._graphs.prepare_one(f"fill {level}", self._fill(level)) for level in levels)
+            count += self._graphs.prepare_one("first token", self._first)
+        return count
 
     def restart(self, end: int, clock: Clock) -> None:
         """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
         self._reader.restart(end)
         self._rounds.restart(clock)
 
-    def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
-        """`Rounds.first_token`, to be read like a round."""
-        self._rounds.first_token(row, kv_bound, window, start)
-        self._reader.gather()
+    def fill(self, level: int, begin: int, end: int) -> None:
+        """Positions begin .. end - 1 of the prompt, up to `chunk`, into a tier's cache."""
+        if self._fillers is not None:
+            self._fillers.place(begin)
+            self._call(f"fill {level}", self._context, self._fill(level))
+            return
+        start = torch.full((), begin, device=self.state.tokens.device)
+        self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
+
+    def first_token(self, begin: int, end: int) -> None:
+        """The same with the prompt's last tokens, up to `chunk`, in the target, which commits the token after."""
+        if self._fillers is not None:
+            self._fillers.place(begin)
+            self._call("first token", self._context, self._first)
+        else:
+            window = self.state.tokens[begin:end]
+            row = torch.full((1,), end - 1 - begin, device=window.device)
+            start = torch.full((), begin, device=window.device)
+            self._rounds.first_token(row, end, window, start)
+            self._reader.gather()
         self._reader.post()
 
     def launch(self, known_end: int) -> None:
@@ -88,14 +121,28 @@ class Engine:
 
     def run(self, known_end: int) -> None:
         """`launch` of a round that nobody will read."""
-        if self._graphed is not None:
-            self._graphed.run(known_end)
-        else:
-            self._round(known_end)
+        self._call("round", known_end, self._round)
 
     def read(self) -> Snapshot:
         """The oldest round that was not read; waits for it."""
         return self._reader.take()
+
+    def _call(self, name: str, known_end: int, work: Callable[[int], None]) -> None:
+        """Some work on the device, captured where there are graphs."""
+        if self._graphs is not None:
+            self._graphs.run(name, known_end, work)
+        else:
+            work(known_end)
+
+    def _fill(self, level: int) -> Callable[[int], None]:
+        assert self._fillers is not None
+        fill = self._fillers.fill
+        return lambda known_end: fill(level)
+
+    def _first(self, known_end: int) -> None:
+        assert self._fillers is not None
+        self._fillers.first()
+        self._reader.gather()
 
     def _round(self, known_end: int) -> None:
         self._rounds.outer_round(known_end)

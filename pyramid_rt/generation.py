@@ -16,8 +16,6 @@ from pyramid_rt.state import COUNTERS, NO_POSITION
 from pyramid_rt.stats import ForwardClock
 from pyramid_rt.tiers import shared_prefix
 
-PREFILL_CHUNK = 512
-
 
 @dataclass(frozen=True, slots=True)
 class Commit:
@@ -72,12 +70,10 @@ class Generation:
         """Process the prompt in the target, which gives the first token; the lower tiers follow later."""
         target, end = self._plan.tiers - 1, len(self._prompt)
         self.reused = self._share(target, end - 1)
-        begin = max(self.reused, (end - 1) // PREFILL_CHUNK * PREFILL_CHUNK)
+        chunk = self._engine.chunk
+        begin = max(self.reused, (end - 1) // chunk * chunk)
         self._prefill(target, self.reused, begin)
-        window = self._state.tokens[begin:end]
-        row = torch.full((1,), end - 1 - begin, device=window.device)
-        start = torch.full((), begin, device=window.device)
-        self._engine.first_token(row, end, window, start)
+        self._engine.first_token(begin, end)
         self._filled[target] = True
         self._clock.restart()
         return self._read()
@@ -159,10 +155,10 @@ class Generation:
 
     def _prefill(self, level: int, begin: int, end: int) -> None:
         """Positions begin .. end - 1 of the prompt into a tier's cache, in chunks that end at fixed positions."""
+        chunk = self._engine.chunk
         while begin < end:
-            stop = min((begin // PREFILL_CHUNK + 1) * PREFILL_CHUNK, end)
-            start = torch.full((), begin, device=self._state.tokens.device)
-            self._tiers[level].forward(self._state.tokens[begin:stop], start, None, stop)
+            stop = min((begin // chunk + 1) * chunk, end)
+            self._engine.fill(level, begin, stop)
             begin = stop
 
     def _furthest(self) -> int:

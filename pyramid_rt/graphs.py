@@ -18,6 +18,7 @@ _SMALLEST_HORIZON = 512
 _WARM_UP_RUNS = 2
 
 Step = Callable[[], None]
+Work = Callable[[int], None]
 
 
 class Recorder(Protocol):
@@ -72,7 +73,7 @@ def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int)
     state.ended.fill_(True)
     for cached in state.cached:
         cached.fill_(context)
-    rounds.open()
+    rounds.park(context)
     try:
         yield
     finally:
@@ -92,13 +93,12 @@ class _Whereabouts:
         yield
 
 
-class GraphedRound:
-    """An outer round, captured once per bound of the cache and repeated.
+class Graphs:
+    """Works on the device, captured once per name and bound of the cache, and repeated.
 
     Args:
         rounds: which they are; their buffers must outlive the graphs.
-        work: one round with all that belongs to it, given `known_end` as `Rounds.outer_round` takes it.
-        state: what the rounds work on. others: what else `work` changes and a capture must not.
+        state: what the rounds work on. others: what else works change and a capture must not.
         plan: of the rounds.
         context: positions of the caches, slack excluded.
         names: of the tiers, for errors.
@@ -108,7 +108,6 @@ class GraphedRound:
     def __init__(
         self,
         rounds: Rounds,
-        work: Callable[[int], None],
         state: State,
         others: Sequence[Tensor],
         plan: Plan,
@@ -116,26 +115,38 @@ class GraphedRound:
         names: tuple[str, ...],
         recorder: Recorder,
     ) -> None:
-        self._rounds, self._work, self._context = rounds, work, context
+        self._rounds, self._context = rounds, context
         self._state, self._others, self._plan = state, others, plan
         self._names, self._recorder = names, recorder
-        self._captured: dict[int, Step] = {}
+        self._captured: dict[tuple[str, int], Step] = {}
 
-    def run(self, known_end: int) -> None:
-        """One round; captured first where this bound has not come up yet."""
-        horizon = self.horizon(known_end)
-        if horizon not in self._captured:
-            self._captured[horizon] = self._capture(horizon)
-        self._captured[horizon]()
+    def run(self, name: str, known_end: int, work: Work) -> None:
+        """Repeat a work; captured first where this name and bound have not come up yet.
 
-    def prepare(self) -> int:
-        """Capture every bound that can come up; how many were new."""
-        horizons = {self.horizon(end) for end in range(0, self._context + 1, _SMALLEST_HORIZON // 2)}
-        horizons.add(self.horizon(self._context))
-        new = sorted(horizons - self._captured.keys())
-        for horizon in new:
-            self._captured[horizon] = self._capture(horizon)
-        return len(new)
+        Args:
+            name: of the work, for errors too.
+            known_end: an upper bound of the text's end; decides how many cache rows the work looks at.
+            work: what to capture, given a `known_end` as `Rounds.outer_round` takes it.
+        """
+        self._prepare(name, self.horizon(known_end), work)
+        self._captured[name, self.horizon(known_end)]()
+
+    def prepare(self, name: str, work: Work) -> int:
+        """Capture a work for every bound that can come up; how many were new."""
+        ends = (*range(0, self._context, _SMALLEST_HORIZON // 2), self._context)
+        return sum(
+            self._prepare(name, horizon, work) for horizon in sorted({self.horizon(end) for end in ends})
+        )
+
+    def prepare_one(self, name: str, work: Work) -> int:
+        """Capture a work that always looks at the whole cache; how many were new."""
+        return int(self._prepare(name, self.horizon(self._context), work))
+
+    def _prepare(self, name: str, horizon: int, work: Work) -> bool:
+        if (name, horizon) in self._captured:
+            return False
+        self._captured[name, horizon] = self._capture(name, horizon, work)
+        return True
 
     def horizon(self, known_end: int) -> int:
         """Cache rows that a graph for this end looks at: a power of two, or all there are."""
@@ -143,18 +154,18 @@ class GraphedRound:
         rows = max(_SMALLEST_HORIZON, 1 << (needed - 1).bit_length())
         return min(rows, self._context + MAX_WINDOW)
 
-    def _capture(self, horizon: int) -> Step:
+    def _capture(self, name: str, horizon: int, work: Work) -> Step:
         known_end = horizon - self._plan.longest_commit - MAX_WINDOW
         kept, whereabouts = self._rounds.clock, _Whereabouts()
         self._rounds.clock = whereabouts
         try:
             with parked(self._rounds, self._state, self._others, self._context):
-                return self._recorder.capture(lambda: self._work(known_end))
+                return self._recorder.capture(lambda: work(known_end))
         except Exception as error:
             level = whereabouts.level
             where = "before the first forward" if level is None else f"at tier {self._names[level]!r}"
             raise GraphCaptureError(
-                f"capturing an outer round of {'/'.join(self._names)} for {horizon} cache rows failed {where}: "
+                f"capturing '{name}' of {'/'.join(self._names)} for {horizon} cache rows failed {where}: "
                 f"{error}; graphs=False runs the same rounds without capture"
             ) from error
         finally:

@@ -7,15 +7,17 @@ processed distributions are wanted (filters, rejection, a divergence on processe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from pyramid_rt.kernels import decision, sample, thresholds
 from pyramid_rt.kernels.board import END, Board, base_at, cached_at
+from pyramid_rt.kernels.common import WINDOW
 from pyramid_rt.recursion import Clock, Recursion, horizon
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan, State
@@ -99,6 +101,21 @@ class KernelSteps:
             )
         )
 
+    def fill(self, level: int, start: Tensor) -> None:
+        """Write down a pass of 64 tokens from `start` on that leaves nothing but keys and values."""
+        request = self.request(level, start, start, WINDOW, 0, self.kv_bound)
+        self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
+
+    def first(self, start: Tensor) -> None:
+        """Write down the end of the target's prefill, in a window of 64 that may reach past the prompt."""
+        level, board, filters = self.plan.tiers - 1, self.board, self.plan.filters
+        self.decide(sample.plan_begin(board))
+        request = self.request(level, start, board.word(END), WINDOW, 1, self.kv_bound)
+        self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
+        if filters:
+            self.decide(thresholds.plan(board, level, 1, draw=True, filters=True))
+        self.decide(sample.plan(board, level, first=True, stored=filters))
+
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on."""
         start = self.board.word(cached_at(level))
@@ -159,23 +176,46 @@ class KernelRounds:
             raise ValueError("state.board is None, expected a state made by State.on_board")
         self.tiers, self.plan, self.board, self.clock = tiers, plan, state.board, clock
         self.vocab_size, self.capacity = vocab_size, state.tokens.shape[0]
-        self._recorded: dict[int, tuple[Stage, ...]] = {}
+        self._at = torch.zeros((), dtype=torch.int64, device=state.tokens.device)
+        self._recorded: dict[tuple[str, int], tuple[Stage, ...]] = {}
 
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:
         """An outer round that looks at the cache up to `kv_bound`; written down at the first call."""
-        if kv_bound not in self._recorded:
+        return self._written("round", kv_bound, lambda steps: Recursion(self.plan, steps).outer_round())
+
+    def _written(self, name: str, kv_bound: int, write: Callable[[KernelSteps], None]) -> tuple[Stage, ...]:
+        """The list of this name and bound; made by `write` at the first call."""
+        key = name, kv_bound
+        if key not in self._recorded:
             steps = self.steps_class(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
-            Recursion(self.plan, steps).outer_round()
-            self._recorded[kv_bound] = tuple(steps.stages)
-        return self._recorded[kv_bound]
+            write(steps)
+            self._recorded[key] = tuple(steps.stages)
+        return self._recorded[key]
 
     def restart(self, clock: Clock | None) -> None:
         """See `Rounds`."""
         self.clock = clock
 
-    def open(self) -> None:
+    def park(self, context: int) -> None:
         """See `Rounds`."""
+        self._at.fill_(context)
         sample.plan_begin(self.board).run()
+
+    def place(self, start: Tensor | int) -> None:
+        """Where the next `fill` or `first` begins."""
+        if isinstance(start, Tensor):
+            self._at.copy_(start)
+        else:
+            self._at.fill_(start)
+
+    def fill(self, level: int) -> None:
+        """The 64 tokens from `place` on into a tier's cache."""
+        name = f"fill {level}"
+        self._run(self._written(name, self.capacity, lambda steps: steps.fill(level, self._at)))
+
+    def first(self) -> None:
+        """`first_token` of the window that begins at `place` and ends with the prompt, up to 64 tokens."""
+        self._run(self._written("first", self.capacity, lambda steps: steps.first(self._at)))
 
     def launches(self) -> int | None:
         """See `Rounds`."""
@@ -187,16 +227,15 @@ class KernelRounds:
         self._run(self.stages(bound))
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
-        """See `Rounds`; `window` must be that part of the token buffer, and `row` its last one."""
-        level, board = self.plan.tiers - 1, self.board
-        steps = KernelSteps(self.tiers, self.plan, board, self.vocab_size, kv_bound)
-        steps.decide(sample.plan_begin(board))
-        request = steps.request(level, start, board.word(END), window.shape[0], 1, kv_bound)
-        steps.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
-        if self.plan.filters:
-            steps.decide(thresholds.plan(board, level, 1, draw=True, filters=True))
-        steps.decide(sample.plan(board, level, first=True, stored=self.plan.filters))
-        self._run(steps.stages)
+        """See `Rounds`; `window` must be that part of the token buffer, of up to 64 tokens.
+
+        Raises:
+            ValueError: a longer window.
+        """
+        if window.shape[0] > WINDOW:
+            raise ValueError(f"window has {window.shape[0]} tokens, expected at most {WINDOW}")
+        self.place(start)
+        self.first()
 
     def _run(self, stages: Sequence[Stage]) -> None:
         for stage in stages:

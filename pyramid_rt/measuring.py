@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyramid_rt.generation import PREFILL_CHUNK
+from pyramid_rt.engine import PREFILL_CHUNK
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.state import Plan

@@ -72,6 +72,9 @@ class ModelTier:
         from pyramid_rt.kernels.head import Noise, Placement
         from pyramid_rt.models.triton_backend import HeadOutputs, plan_pass
 
+        placement = None
+        if request.count:
+            placement = Placement(request.start, request.decided, request.first, request.count)
         return plan_pass(
             self.model,
             self.cache,
@@ -79,7 +82,7 @@ class ModelTier:
             request.start,
             width=request.width,
             kv_bound=request.kv_bound,
-            placement=Placement(request.start, request.decided, request.first, request.count),
+            placement=placement,
             outputs=HeadOutputs(
                 request.vocab_size,
                 request.rows,

@@ -64,8 +64,11 @@ class Rounds(Protocol):
         """A new request, with a seed of its own, begins; its forwards are timed by this clock."""
         ...
 
-    def open(self) -> None:
-        """Whoever wrote to the state from outside calls this before the next round."""
+    def park(self, context: int) -> None:
+        """Everything that runs next begins at the end of the context: for captures, which must change nothing.
+
+        Called after the state was set so.
+        """
         ...
 
     def launches(self) -> int | None:
@@ -85,7 +88,7 @@ class Rounds(Protocol):
         """The end of the target's prefill: run the last window, commit the target's own token after it.
 
         Args:
-            row: int64 [1], the window row of the prompt's last token.
+            row: int64 [1], the window row of the prompt's last token, which is the window's last.
             kv_bound, window, start: as in `Tier.forward`.
         """
         ...

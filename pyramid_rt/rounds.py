@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
+
+from torch import Tensor
 
 from pyramid_rt.recursion import Clock, Rounds
 from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import DeviceTier, Tier
 from pyramid_rt.torch_steps import TorchRounds
+
+
+class WindowRounds(Rounds, Protocol):
+    """Rounds that process a prompt by lists of launches too, which always take 64 tokens."""
+
+    def place(self, start: Tensor | int) -> None:
+        """Where the next `fill` or `first` begins."""
+        ...
+
+    def fill(self, level: int) -> None:
+        """The 64 tokens from `place` on into a tier's cache."""
+        ...
+
+    def first(self) -> None:
+        """`first_token` of the window that begins at `place` and ends with the prompt, up to 64 tokens."""
+        ...
 
 
 def by_kernels(tiers: Sequence[Tier], plan: Plan) -> bool:

@@ -72,7 +72,7 @@ class DeviceForward:
         decided: int64 []: the position that the first wanted row decides.
         first: int64 []: the position that row 0 belongs to.
         width: of the window, up to 64; of a prompt's last chunk, more.
-        count: rows wanted, up to 64.
+        count: rows wanted, up to 64; 0 for none (prefill), and then nothing but the cache is written.
         vocab_size: columns that count; the rest of a row is -inf.
         rows: float32 [R, P]: raw logits. statistics: [R, tiles of 64], as the LM head kernel leaves them.
         seed: int64 [2]. temperature: float32 []: of the noise in `statistics.best`; 0 turns it off.

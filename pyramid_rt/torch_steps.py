@@ -389,7 +389,7 @@ class TorchRounds:
         """See `Rounds`."""
         self.steps.restart(clock)
 
-    def open(self) -> None:
+    def park(self, context: int) -> None:
         """See `Rounds`; every round looks at the state anew."""
 
     def launches(self) -> int | None:

@@ -133,8 +133,8 @@ def test_capture_leaves_caches_and_state_alone(captured: tuple[Pyramid, CallReco
     assert again.tokens == first.tokens
     # A capture in the middle of a generation, when a text outgrows the first graph, is as quiet.
     kept = next(iter(rt._kept.values()))
-    assert kept._graphed is not None
-    kept._graphed._captured.clear()
+    assert kept._graphs is not None
+    kept._graphs._captured.clear()
     assert rt.generate(TEXT, **options).tokens == first.tokens
 
 
