@@ -177,6 +177,7 @@ class KernelRounds:
         self.tiers, self.plan, self.board, self.clock = tiers, plan, state.board, clock
         self.vocab_size, self.capacity = vocab_size, state.tokens.shape[0]
         self._at = torch.zeros((), dtype=torch.int64, device=state.tokens.device)
+        self.moved: Sequence[Tensor] = (self._at,)
         self._recorded: dict[tuple[str, int], tuple[Stage, ...]] = {}
 
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:

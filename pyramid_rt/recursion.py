@@ -5,6 +5,7 @@ What a step does is the business of a `Steps`: `torch_steps` computes, `kernel_s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
@@ -56,9 +57,11 @@ class Rounds(Protocol):
 
     Attributes:
         clock: times every forward pass where there is one.
+        moved: what `park` moves besides the state, for whoever puts it back.
     """
 
     clock: Clock | None
+    moved: Sequence[Tensor]
 
     def restart(self, clock: Clock | None) -> None:
         """A new request, with a seed of its own, begins; its forwards are timed by this clock."""

@@ -373,6 +373,7 @@ class TorchRounds:
         self, tiers: Sequence[Tier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
     ) -> None:
         """Arguments as `TorchSteps`."""
+        self.moved: Sequence[Tensor] = ()
         self.steps = self.steps_class(tiers, plan, state, vocab_size, clock)
         self.recursion = Recursion(plan, self.steps)
 
