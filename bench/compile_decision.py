@@ -41,18 +41,22 @@ def variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Varia
             f"sample{'-stored' if stored else ''}", sample.plan(board, 0, first=False, stored=stored), Needs()
         )
     yield Variant("first", sample.plan(board, 2, first=True, stored=False), Needs())
-    draw = thresholds.plan(board, 0, 1, draw=True, filters=True)
+    draw = thresholds.plan(board, 0, 1, draw=True, filters=True, arch=arch)
     yield Variant("thresholds-draw", draw, several)
     for filters in (False, True):
-        launch = thresholds.plan(board, 1, DRAFTED + 1, draw=False, filters=filters, below=not filters)
+        launch = thresholds.plan(
+            board, 1, DRAFTED + 1, draw=False, filters=filters, below=not filters, arch=arch
+        )
         yield Variant(f"thresholds-verify{'-filters' if filters else ''}", launch, several)
     for rule in decision.RULES:
-        launch = decision.plan(board, 2, QUALIFIED + 1, rule, stored=rule == "rejection")
+        launch = decision.plan(board, 2, QUALIFIED + 1, rule, stored=rule == "rejection", arch=arch)
         yield Variant(rule, launch, several)
     for kind in ("js_fsd", "kl", "kl_reversed", "tv", "topk_js"):
-        yield Variant(f"fuzzy-{kind}", decision.plan(board, 1, DRAFTED + 1, "fuzzy", kind=kind), several)
+        yield Variant(
+            f"fuzzy-{kind}", decision.plan(board, 1, DRAFTED + 1, "fuzzy", kind=kind, arch=arch), several
+        )
     for kind in ("js", "topk_js"):
         launch = decision.plan(
-            board, 1, DRAFTED + 1, "fuzzy", kind=kind, processed=True, stored=True, until=10
+            board, 1, DRAFTED + 1, "fuzzy", kind=kind, processed=True, stored=True, until=10, arch=arch
         )
         yield Variant(f"fuzzy-{kind}-processed", launch, several)

@@ -222,9 +222,6 @@ class Board:
         vocab, (chunks, tile_count) = self.vocab_size, (tiles(self.vocab_size, CHUNK), tiles(padded, TILE))
         if not vocab <= padded < vocab + PADDING or padded % PADDING:
             raise ValueError(f"board.rows has {padded} columns, expected {vocab} rounded up to {PADDING}")
-        wide = r * tile_count * TILE
-        if wide * n >= 2**63:
-            raise ValueError(f"board.rows has {n} x {wide} entries, expected fewer than 2**63")
         for name, shape, dtype in (
             ("tokens", (None,), torch.int64), ("origin", (self.tokens.shape[0],), torch.int64),
             ("control", (control_size(n),), torch.int64), ("ended", (), torch.bool),

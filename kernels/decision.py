@@ -21,9 +21,9 @@ from pyramid_rt.kernels import divergence, rejection
 from pyramid_rt.kernels.board import BLOCK, CHUNK, TILE, Board
 from pyramid_rt.kernels.commit import commit
 from pyramid_rt.kernels.common import Launch, arrive, tiles
+from pyramid_rt.kernels.configs import architecture
 from pyramid_rt.kernels.divergence import bucketed_divergence, finished, listed_logs, share_of_divergence
 from pyramid_rt.kernels.rows import (
-    SEARCH,
     divisor,
     join_lists,
     near_bound,
@@ -37,6 +37,9 @@ from pyramid_rt.kernels.sampling_reference import DIVERGENCE_TOP_K, DIVERGENCES
 
 RuleName = Literal["match", "rejection", "fuzzy", "fuzzy_or_match"]
 RULES: tuple[RuleName, ...] = ("match", "rejection", "fuzzy", "fuzzy_or_match")
+# Listed values that are held against sixteen keys at a time; more would not fit the registers.
+# On sm_90 the narrower block spills with Triton 3.6, on sm_80 the wider one with 3.9.
+SEARCH, SEARCH_OF = 128, {90: 256}
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
@@ -111,37 +114,40 @@ def decide_kernel(
                 KIND, TOP, PROCESSED, COUNT, CHUNKS, CHUNK, BLOCK, TILES,
             )  # fmt: skip
     row_done = arrive(arrivals_ptr + step, CHUNKS)
-    if row_done:
-        if not STORED:
-            store_own(best_ptr, token_ptr, peak_ptr, total_ptr, own_ptr, flawed_ptr, step <= count, place, tile_count,
-                      vocab, TILES)  # fmt: skip
-        if FUZZY:
-            store_distance(
-                temperature_ptr, rows_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, partials_ptr,
-                amounts_ptr, picked_ptr, found_ptr, values_ptr, distance_ptr, compared, step, place, bound, row_count,
-                padded, tile_count, KIND, TOP, PROCESSED, COUNT, CHUNKS, CHUNK, SLOTS, SEARCH, TILES,
-            )  # fmt: skip
-        all_done = arrive(arrivals_ptr + COUNT, COUNT)
-        if all_done:
-            steps = tl.arange(0, ROWS)
-            here = LEVEL * row_count + proposal - outer + steps
-            proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
-            own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
-            flaws = tl.load(flawed_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
-            stands = proposed == own
-            inherited = steps < 0
-            if FUZZY:
-                found = tl.load(distance_ptr + steps, mask=steps < COUNT, other=0.0, cache_modifier=".cg")
-                threshold = tl.load(thresholds_ptr + LEVEL - 1)
-                inherited = (found <= threshold) & (found < float("inf"))
-                if OR_MATCH:
-                    stands = stands | inherited
-                else:
-                    stands = inherited
-            commit(
-                control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own,
-                stands, inherited, flaws, 0, until, N, LEVEL, not FUZZY, False, UNTIL, ROWS,
-            )  # fmt: skip
+    # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
+    if row_done == 0:
+        return
+    if not STORED:
+        store_own(best_ptr, token_ptr, peak_ptr, total_ptr, own_ptr, flawed_ptr, step <= count, place, tile_count,
+                  vocab, TILES)  # fmt: skip
+    if FUZZY:
+        store_distance(
+            temperature_ptr, rows_ptr, peak_ptr, total_ptr, own_ptr, normaliser_ptr, cut_ptr, partials_ptr,
+            amounts_ptr, picked_ptr, found_ptr, values_ptr, distance_ptr, compared, step, place, bound, row_count,
+            padded, tile_count, KIND, TOP, PROCESSED, COUNT, CHUNKS, CHUNK, SLOTS, SEARCH, TILES,
+        )  # fmt: skip
+    all_done = arrive(arrivals_ptr + COUNT, COUNT)
+    if all_done == 0:
+        return
+    steps = tl.arange(0, ROWS)
+    here = LEVEL * row_count + proposal - outer + steps
+    proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
+    own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+    flaws = tl.load(flawed_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+    stands = proposed == own
+    inherited = steps < 0
+    if FUZZY:
+        found = tl.load(distance_ptr + steps, mask=steps < COUNT, other=0.0, cache_modifier=".cg")
+        threshold = tl.load(thresholds_ptr + LEVEL - 1)
+        inherited = (found <= threshold) & (found < float("inf"))
+        if OR_MATCH:
+            stands = stands | inherited
+        else:
+            stands = inherited
+    commit(
+        control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own,
+        stands, inherited, flaws, 0, until, N, LEVEL, not FUZZY, False, UNTIL, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -277,6 +283,7 @@ def plan(
     processed: bool = False,
     stored: bool = False,
     until: int | None = None,
+    arch: int | None = None,
 ) -> Launch:
     """The launch that decides a verify by tier `level`.
 
@@ -290,6 +297,7 @@ def plan(
             both tiers.
         stored: `thresholds` has run on this tier's rows. Rejection needs it, on the rows of all lower tiers too.
         until: the tier's proposals end when this many tokens stand; None where a fixed number of rounds ends them.
+        arch: one of `configs.ARCHITECTURES`; None for that of the board's device.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -325,7 +333,8 @@ def plan(
             "OR_MATCH": rule == "fuzzy_or_match", "KIND": divergence.KINDS.index(kind.removeprefix("topk_")),
             "TOP": DIVERGENCE_TOP_K if top else 0, "PROCESSED": processed, "STORED": stored,
             "UNTIL": until is not None, "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
-            "BLOCK": min(BLOCK, power_of_two(max(b.vocab_size, TILE))), "SEARCH": SEARCH,
+            "BLOCK": min(BLOCK, power_of_two(max(b.vocab_size, TILE))),
+            "SEARCH": SEARCH_OF.get(architecture(b.rows.device) if arch is None else arch, SEARCH),
             "TILES": power_of_two(tile_count), "ROWS": power_of_two(count), **OPTIONS,
         },
     )  # fmt: skip

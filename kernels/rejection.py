@@ -82,15 +82,16 @@ def reject_kernel(
             proposal + accepted, padded, vocab, temperature, LEVEL, SHARES, SCAN,
         )  # fmt: skip
     all_done = arrive(arrivals_ptr, SHARES)
-    if all_done:
-        flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
-        residual = proposal * 0
-        if accepted < count:
-            residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
-        commit(
-            control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own, stands,
-            steps < 0, flaws, residual, until, N, LEVEL, True, True, UNTIL, ROWS,
-        )  # fmt: skip
+    if all_done == 0:
+        return
+    flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
+    residual = proposal * 0
+    if accepted < count:
+        residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
+    commit(
+        control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own, stands,
+        steps < 0, flaws, residual, until, N, LEVEL, True, True, UNTIL, ROWS,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -11,9 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Listed values that are held against sixteen keys at a time; more would not fit the registers.
-SEARCH = 256
-
 
 def power_of_two(size: int) -> int:
     """The least power of two not below `size`."""

@@ -19,9 +19,9 @@ import triton.language as tl
 
 from pyramid_rt.kernels.board import BLOCK, CHUNK, TILE, Board
 from pyramid_rt.kernels.common import Launch, arrive, tiles
+from pyramid_rt.kernels.configs import architecture
 from pyramid_rt.kernels.noise import gumbel_at
 from pyramid_rt.kernels.rows import (
-    SEARCH,
     divisor,
     join_lists,
     key_value,
@@ -38,7 +38,11 @@ from pyramid_rt.kernels.rows import (
     tile_gaps,
 )
 
-OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
+# Listed values that are held against sixteen keys at a time; more would not fit the registers.
+SEARCH = 128
+OPTIONS = {"num_stages": 2, "enable_fp_fusion": False}
+# Warps of a program per architecture: the others spill with one or the other of the supported Tritons.
+WARPS, WARPS_OF = 8, {100: 4}
 
 
 @triton.jit
@@ -126,16 +130,16 @@ def filter_row(
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Cut, weight of what stands, and own token of a row, from its listed entries and its unfiltered winner."""
-    cut = top * 0.0 + float("-inf")
-    if temperature > 0.0:
-        divide = divisor(temperature)
-        load_values(row_ptr, found_ptr, values_ptr, length, divide, BLOCK)
-        cut = find_cut(
-            values_ptr, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK
-        )  # fmt: skip
-        _, mass = listed_from(values_ptr, length, order_key(cut), top, BLOCK)
-        if scaled_logits(tl.load(row_ptr + token), divide) < cut:
-            token = filtered_winner(values_ptr, found_ptr, length, cut, seed_ptr, position, BLOCK)
+    divide = divisor(temperature)
+    load_values(row_ptr, found_ptr, values_ptr, length, divide, BLOCK)
+    cut = find_cut(
+        values_ptr, length, bound, top, mass, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK
+    )  # fmt: skip
+    _, mass = listed_from(values_ptr, length, order_key(cut), top, BLOCK)
+    # At temperature 0 nothing is read of this but the own token, which is the head's.
+    fallen = scaled_logits(tl.load(row_ptr + token), divide) < cut
+    if fallen & (temperature > 0.0):
+        token = filtered_winner(values_ptr, found_ptr, length, cut, seed_ptr, position, BLOCK)
     return cut, mass, token
 
 
@@ -216,61 +220,73 @@ def thresholds_kernel(
     live = (row >= 0) & (row < row_count) & (decided + step <= end)
     if not DRAW:
         live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
-    if live:
-        offset = place * tile_count
-        temperature = tl.load(temperature_ptr)
-        divide = divisor(temperature)
-        top, gaps = tile_gaps(peak_ptr, offset, tile_count, divide, TILES)
-        bound = top
-        if FILTERS:
-            bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr)
-        list_at = slot.to(tl.int64) * (CHUNKS * CHUNK)
-        mass, amount = survey(
-            rows_ptr + place * padded,
+    # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
+    if live == 0:
+        return
+    offset = place * tile_count
+    temperature = tl.load(temperature_ptr)
+    divide = divisor(temperature)
+    top, gaps = tile_gaps(peak_ptr, offset, tile_count, divide, TILES)
+    bound = top
+    if FILTERS:
+        bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr)
+    list_at = slot.to(tl.int64) * (CHUNKS * CHUNK)
+    mass, amount = survey(
+        rows_ptr + place * padded,
+        picked_ptr + list_at,
+        chunk,
+        top,
+        bound,
+        divide,
+        vocab,
+        FILTERS,
+        CHUNK,
+        BLOCK,
+    )
+    tl.store(partials_ptr + slot * CHUNKS + chunk, mass)
+    if FILTERS:
+        tl.store(amounts_ptr + slot * CHUNKS + chunk, amount)
+    last = arrive(arrivals_ptr + slot, CHUNKS)
+    if last == 0:
+        return
+    share = tl.arange(0, SLOTS)
+    parts = tl.load(
+        partials_ptr + slot * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
+    )
+    mass = tl.sum(parts, 0)
+    token = row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES)
+    _, flawed = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
+    cut = top * 0.0 + float("-inf")
+    if FILTERS:
+        length = join_lists(
+            amounts_ptr + slot * CHUNKS,
             picked_ptr + list_at,
-            chunk,
-            top,
-            bound,
-            divide,
-            vocab,
-            FILTERS,
+            found_ptr + list_at,
+            CHUNKS,
             CHUNK,
-            BLOCK,
+            SLOTS,
+            SEARCH,
         )
-        tl.store(partials_ptr + slot * CHUNKS + chunk, mass)
-        if FILTERS:
-            tl.store(amounts_ptr + slot * CHUNKS + chunk, amount)
-        last = arrive(arrivals_ptr + slot, CHUNKS)
-        if last:
-            share = tl.arange(0, SLOTS)
-            parts = tl.load(
-                partials_ptr + slot * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
-            )
-            mass = tl.sum(parts, 0)
-            token = row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES)
-            _, flawed = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
-            cut = top * 0.0 + float("-inf")
-            if FILTERS:
-                length = join_lists(
-                    amounts_ptr + slot * CHUNKS,
-                    picked_ptr + list_at,
-                    found_ptr + list_at,
-                    CHUNKS,
-                    CHUNK,
-                    SLOTS,
-                    SEARCH,
-                )
-                cut, mass, token = filter_row(
-                    rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, bound, top, mass,
-                    token, temperature, seed_ptr, decided + step, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH,
-                )  # fmt: skip
-            tl.store(own_ptr + place, token)
-            tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
-            tl.store(cut_ptr + place, cut)
-            tl.store(flawed_ptr + place, flawed)
+        cut, mass, token = filter_row(
+            rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, bound, top, mass,
+            token, temperature, seed_ptr, decided + step, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH,
+        )  # fmt: skip
+    tl.store(own_ptr + place, token)
+    tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
+    tl.store(cut_ptr + place, cut)
+    tl.store(flawed_ptr + place, flawed)
 
 
-def plan(board: Board, level: int, count: int, *, draw: bool, filters: bool, below: bool = False) -> Launch:
+def plan(
+    board: Board,
+    level: int,
+    count: int,
+    *,
+    draw: bool,
+    filters: bool,
+    below: bool = False,
+    arch: int | None = None,
+) -> Launch:
     """The launch over the rows that tier `level` has just computed.
 
     Args:
@@ -280,6 +296,7 @@ def plan(board: Board, level: int, count: int, *, draw: bool, filters: bool, bel
         draw: the row decides the next token; else the rows verify the proposal of the tier below.
         filters: top-k, top-p or min-p may be on; a graph variant.
         below: also the rows of the tier below for the proposed positions; without filters only.
+        arch: one of `configs.ARCHITECTURES`; None for that of the board's device.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -306,6 +323,6 @@ def plan(board: Board, level: int, count: int, *, draw: bool, filters: bool, bel
             "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
             "BLOCK": min(BLOCK, power_of_two(max(board.vocab_size, TILE))), "SEARCH": SEARCH,
             "TILES": power_of_two(tile_count),
-            **OPTIONS,
+            "num_warps": WARPS_OF.get(architecture(board.rows.device) if arch is None else arch, WARPS), **OPTIONS,
         },
     )  # fmt: skip

@@ -30,7 +30,7 @@ RULES = (
 MAX_SEQ = 80
 PROMPT = (1, 2)
 LENGTHS = (2, 3, 3)
-SAMPLES = 72
+SAMPLES = 48
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +133,12 @@ def test_two_tiers(rule, temperature):
     compare((rule,), temperature=temperature)
 
 
+# Half of all pairs; of the others the defaults decode a whole generation below, and (fuzzy, rejection) samples.
+PAIRS = [(a, b) for (i, a), (j, b) in itertools.product(enumerate(RULES), repeat=2) if (i + j) % 2 == 0]
+
+
 @pytest.mark.parametrize(
-    ("rules", "temperature"),
-    [(rules, (0.8, 0.8, 0.0)[i % 3]) for i, rules in enumerate(itertools.product(RULES, RULES))],
-    ids=str,
+    ("rules", "temperature"), [(rules, (0.8, 0.8, 0.0)[i % 3]) for i, rules in enumerate(PAIRS)], ids=str
 )
 def test_three_tiers(rules, temperature):
     compare(rules, temperature=temperature, new_tokens=6)
@@ -156,12 +158,18 @@ def test_until_enough_stand(rules):
     compare(rules, temperature=0.8, inner_rounds=None)
 
 
-@pytest.mark.parametrize("filters", [(3, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2), (3, 0.9, 0.1)], ids=str)
 @pytest.mark.parametrize(
-    "rules", [(Rejection(), Fuzzy(0.2, "js", "processed")), (Fuzzy(0.1, or_match=True), Rejection())], ids=str
+    ("rules", "filters"),
+    [
+        ((Rejection(), Fuzzy(0.2, "js", "processed")), (3, 1.0, 0.0)),
+        ((Rejection(), Fuzzy(0.2, "js", "processed")), (0, 1.0, 0.2)),
+        ((Fuzzy(0.1, or_match=True), Rejection()), (0, 0.8, 0.0)),
+        ((Fuzzy(0.1, or_match=True), Rejection()), (3, 0.9, 0.1)),
+    ],
+    ids=str,
 )
 def test_filters(rules, filters):
-    compare(rules, temperature=0.8, new_tokens=7, filters=filters)
+    compare(rules, temperature=0.8, new_tokens=5, filters=filters)
 
 
 def test_a_vocabulary_of_several_tiles():
@@ -336,7 +344,7 @@ def distance_from_target(kind: type[KernelRounds]) -> tuple[float, float]:
     """
     draft, target = torch.tensor([0.8, 0.1, 0.05, 0.05]), torch.tensor([0.05, 0.15, 0.3, 0.5])
     tables = [share.log().expand(4, 4, 4).contiguous() for share in (draft, target, target)]
-    plan = Plan((Fuzzy(9.0), Rejection()), (2, 2), 1, False, True, False)
+    plan = Plan((Fuzzy(9.0), Rejection()), (3, 2), 1, False, True, False)
     state, made = started(tables, plan, kernels=True, new_tokens=SAMPLES, temperature=1.0, seed=11, stop=None)
     assert isinstance(made, KernelRounds)
     rounds = kind(made.tiers, plan, state, 4)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from boards import BASE, control_of, make_board, open_verify, put_rows, random_rows
-from oracle import DEVICE
+from oracle import CONFIG, DEVICE, sums_of_squares
 
-from pyramid_rt.kernels import sample, thresholds
+from pyramid_rt.kernels import head, sample, thresholds
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.kernels.board import NO_POSITION, Board, live_at
 
@@ -110,6 +110,29 @@ def test_rows_that_cannot_be_decided_are_reported(value: float) -> None:
 def test_refuses(level: int, first: bool) -> None:
     with pytest.raises(ValueError, match=r"^level "):
         sample.plan(make_board(101, 2), level, first=first, stored=False)
+
+
+def test_the_tests_leave_rows_as_the_head_does() -> None:
+    width, vocab = 40, 101
+    weight, x = (
+        random_rows(vocab, width, seed=1, spread=0.3).to(DEVICE),
+        random_rows(64, width, seed=2).to(DEVICE),
+    )
+    head_board, board = (make_board(vocab, 31, temperature=0.8) for _ in range(2))
+    positions = torch.arange(3, device=DEVICE) + BASE
+    drawn_noise = head.Noise(head_board.seed, positions, head_board.temperature)
+    rows, found = head_board.rows[1], head_board.statistics_of(1)
+    head.run(
+        x, sums_of_squares(x, 64), torch.ones(width, device=DEVICE), 1e-5, weight, positions, vocab, rows, found,
+        drawn_noise, CONFIG,
+    )  # fmt: skip
+    put_rows(board, 1, rows[:3, :vocab])
+    expected = board.statistics_of(1)
+    assert torch.equal(rows[:3], board.rows[1, :3])
+    assert torch.equal(found.peak[:3], expected.peak[:3])
+    assert torch.equal(found.token[:3], expected.token[:3])
+    torch.testing.assert_close(found.total[:3], expected.total[:3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.best[:3], expected.best[:3], rtol=1e-6, atol=1e-6)
 
 
 def test_a_board_must_fit_together() -> None:
