@@ -64,7 +64,16 @@ def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int)
 
     The scalars and counters that a round may change, and `others`, are put back afterwards.
     """
-    changed = [state.end, state.limit, state.ended, state.counters, state.bad, *state.cached, *others, *rounds.moved]
+    changed = [
+        state.end,
+        state.limit,
+        state.ended,
+        state.counters,
+        state.bad,
+        *state.cached,
+        *others,
+        *rounds.moved,
+    ]
     if state.board is not None:
         changed.append(state.board.control)
     before = [value.clone() for value in changed]
