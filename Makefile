@@ -22,8 +22,10 @@ demo-real: $(VENV)/.dev $(WEIGHTS)/pyramid.json ## fetch SmolLM2-135M-Instruct a
 
 # Threads that spin while they wait make a loaded machine crawl (2 tokens/s instead of 70 were seen).
 test demo-real: export OMP_WAIT_POLICY ?= passive
+# A process per core, each of one thread: interpreted kernels use no more.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev ## run every check
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .
