@@ -145,7 +145,9 @@ def decided(op: str, vocab: int, **sizes: int) -> Case:
 
 def decision_cases() -> Iterator[Case]:
     """Every rule over every vocabulary with and without noise; in the smallest all else that a verify may meet."""
-    match, reject, fuzzy, either = (RULES.index(rule) for rule in ("match", "rejection", "fuzzy", "fuzzy_or_match"))
+    match, reject, fuzzy, either = (
+        RULES.index(rule) for rule in ("match", "rejection", "fuzzy", "fuzzy_or_match")
+    )
     for vocab in VOCABS:
         for heat in (7, 0):
             yield from (decided("decide", vocab, rule=rule, heat=heat) for rule in (match, fuzzy, either))
@@ -157,7 +159,9 @@ def decision_cases() -> Iterator[Case]:
     vocab = min(VOCABS)
     for mode in range(1, len(MODES)):
         for heat in (7, 0):
-            yield from (decided("decide", vocab, rule=rule, heat=heat, mode=mode) for rule in (match, fuzzy, either))
+            yield from (
+                decided("decide", vocab, rule=rule, heat=heat, mode=mode) for rule in (match, fuzzy, either)
+            )
             yield decided("reject", vocab, rule=reject, heat=heat, mode=mode)
     for cut, mode in ((1, "all"), (2, "late"), (3, "late"), (4, "all")):
         for op, rule in (("decide", match), ("reject", reject)):

@@ -66,7 +66,9 @@ def processed(board: Board, level: int, logits: Tensor) -> Tensor:
     return scaled.double().masked_fill(scaled < cut, -math.inf).log_softmax(-1)
 
 
-def row_ratios(board: Board, level: int, logits: Tensor, positions: Tensor, winner: Tensor) -> dict[str, float]:
+def row_ratios(
+    board: Board, level: int, logits: Tensor, positions: Tensor, winner: Tensor
+) -> dict[str, float]:
     """Error over tolerance of cut, normaliser and own token of a tier's first rows.
 
     Args:
@@ -227,7 +229,9 @@ def after_verify(
     return Sequel(control, ended, tokens, origin, counters, source)
 
 
-def after_draw(before: Sequel, tiers: int, level: int, token: int, *, stops: Sequence[bool], first: bool) -> Sequel:
+def after_draw(
+    before: Sequel, tiers: int, level: int, token: int, *, stops: Sequence[bool], first: bool
+) -> Sequel:
     """The state after one token was put without a verify, where there was anything to put."""
     control, tokens, origin = list(before.control), list(before.tokens), list(before.origin)
     counters, source = [list(row) for row in before.counters], list(before.source)

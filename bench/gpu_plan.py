@@ -40,7 +40,15 @@ def forward_case(shape: Shape = SHAPES[0], *, start: int = 200, dtype: str = "bf
 
 def round_cases() -> list[Case]:
     """Whole rounds of a small pyramid: every chain of rules, with noise and without, with filters once."""
-    sizes = {"hidden": 256, "intermediate": 512, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 4096}
+    sizes = {
+        "hidden": 256,
+        "intermediate": 512,
+        "layers": 3,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "vocab": 4096,
+    }
     made: tuple[dict[str, int], ...] = (
         {"chain": 1, "heat": 7},
         {"chain": 0, "heat": 0},
@@ -199,8 +207,8 @@ def interpreter_tasks() -> tuple[list[Task], list[Task]]:
 def tiny_round(shape: Shape, **sizes: int) -> Case:
     """A round that the interpreter runs in seconds."""
     names = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")
-    whole = {name: getattr(shape, name) for name in names} | {"layers": 2, "chain": 1, "heat": 7, "new": 3}
-    return Case("round", "float32", "tiny", whole | {"draft": 1, "qualify": 2, "inner": 1} | sizes)
+    whole = {name: getattr(shape, name) for name in names} | {"layers": 1, "chain": 1, "heat": 7, "new": 2}
+    return Case("round", "float32", "tiny", whole | {"draft": 1, "qualify": 1, "inner": 1} | sizes)
 
 
 def only(tasks: list[Task], ops: Sequence[str] | None) -> list[Task]:

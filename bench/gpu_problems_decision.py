@@ -89,7 +89,9 @@ class Verify(_OnBoard):
         self.mode, self.cut = MODES[sizes.get("mode", 0)], CUTS[sizes.get("cut", 0)]
         self.stored = bool(self.filters) or self.processed or self.rule == "rejection"
         if self.filters and self.level == 1 and (self.processed or self.rule == "rejection"):
-            raise ValueError("level is 1, expected 2 with filters: a middle tier's rows are processed like these")
+            raise ValueError(
+                "level is 1, expected 2 with filters: a middle tier's rows are processed like these"
+            )
         lists = bool(self.filters) or self.kind.startswith("topk_")
         self.board = boards.make_board(place, self.vocab, WINDOW, tiers=self.tiers, lists=lists)
         if place.device.type == "meta":
@@ -158,7 +160,13 @@ class Verify(_OnBoard):
                 made.append(thresholds.plan(board, level, count, draw=False, filters=filters, below=below))
         made.append(
             decision.plan(
-                board, self.level, count, self.rule, kind=self.kind, processed=self.processed, stored=self.stored
+                board,
+                self.level,
+                count,
+                self.rule,
+                kind=self.kind,
+                processed=self.processed,
+                stored=self.stored,
             )
         )
         return made

@@ -175,7 +175,9 @@ class NativeRound:
         if way == "graph":
             recorder: Recorder = CudaRecorder(device) if device.type == "cuda" else Again()
             names = tuple(tier.name for tier in self.tiers)
-            step = GraphedRound(rounds, rounds.outer_round, state, [], plan, self.max_seq, names, recorder).run  # type: ignore[assignment]
+            step = GraphedRound(
+                rounds, rounds.outer_round, state, [], plan, self.max_seq, names, recorder
+            ).run  # type: ignore[assignment]
         return self._finish(state, rounds, step)
 
     def _finish(self, state: State, rounds: Rounds, step: object) -> Decoded:

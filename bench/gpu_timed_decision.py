@@ -102,7 +102,9 @@ class TimedDecision:
     def prepare(self, length: int) -> None:
         """Fill the board at the first call; stack the states of this length."""
         if self.place.device.type == "meta":
-            self.states = {n: torch.stack([getattr(self.board, n)] * 2) for n in ("control", "tokens", "source")}
+            self.states = {
+                n: torch.stack([getattr(self.board, n)] * 2) for n in ("control", "tokens", "source")
+            }
             return
         if not self.states:
             self.fill(self.board, self.source)
@@ -145,9 +147,7 @@ class TimedDecision:
         for _ in range(count - 1):
             s = self.board.statistics
             copied = {name: getattr(s, name).clone() for name in ("peak", "total", "best", "token")}
-            sets.append(
-                replace(self.board, rows=self.board.rows.clone(), statistics=replace(s, **copied))
-            )
+            sets.append(replace(self.board, rows=self.board.rows.clone(), statistics=replace(s, **copied)))
         return self.chains(length, sets)
 
     def compilable(self, length: int) -> tuple[Launch, ...]:
@@ -159,7 +159,10 @@ class TimedDecision:
     def rows(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Raw rows of both tiers [T, V], [T - 1, V], positions [T], and the proposed tokens [T - 1]."""
         count = self.count(length)
-        p, q = self.board.rows[1, :count, : self.shape.vocab], self.board.rows[0, : count - 1, : self.shape.vocab]
+        p, q = (
+            self.board.rows[1, :count, : self.shape.vocab],
+            self.board.rows[0, : count - 1, : self.shape.vocab],
+        )
         proposed = self.board.tokens[BASE : BASE + count - 1]
         return p, q, boards.positions(self.board, count), proposed
 
@@ -313,7 +316,9 @@ class TimedReport(TimedDecision):
 
         def run() -> Tensor:
             tokens = b.tokens[BASE : BASE + self.most]
-            return torch.cat((self.reported.reshape(1), *words, ended.to(torch.int64), b.counters.flatten(), tokens))
+            return torch.cat(
+                (self.reported.reshape(1), *words, ended.to(torch.int64), b.counters.flatten(), tokens)
+            )
 
         return run
 

@@ -189,7 +189,10 @@ def launches_for(total: int, copies: int) -> int:
 
 def decision_markdown(lengths: tuple[int, ...] = (8, 41)) -> str:
     """The table of docs/kernels.md for decisions over the Llamas' vocabulary: KB read and written."""
-    lines = ["| op | " + " | ".join(f"{n} positions" for n in lengths) + " |", "|---" * (1 + len(lengths)) + "|"]
+    lines = [
+        "| op | " + " | ".join(f"{n} positions" for n in lengths) + " |",
+        "|---" * (1 + len(lengths)) + "|",
+    ]
     for op in DECISION_OPS:
         found = [traffic(op, SHAPES[0], length=length) for length in lengths]
         cells = [f"{each.read / 1e3:.1f} + {each.written / 1e3:.1f}" for each in found]
