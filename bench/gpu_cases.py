@@ -177,11 +177,10 @@ def decision_cases() -> Iterator[Case]:
     yield decided("decide", vocab, rule=match, heat=7, tiers=3, level=1)
     for filters in (0, 1):
         yield decided("reject", vocab, rule=reject, heat=7, tiers=3, filters=filters)
-    for cut in range(1, len(CUTS), 2):
-        yield decided("sample", vocab, heat=7, cut=cut)
-    yield decided("sample", vocab, heat=7, cut=CUTS.index("limit"))
-    for first in ({"filters": 0}, {"filters": 1}):
-        yield decided("sample", vocab, heat=7, first=1, **first)
+    for cut in ("stop stands", "stop corrects", "limit"):
+        yield decided("sample", vocab, heat=7, cut=CUTS.index(cut))
+    for filters in (0, 1):
+        yield decided("sample", vocab, heat=7, first=1, filters=filters)
     for tiers in (1, 2, 3):
         yield decided("report", vocab, tiers=tiers)
 

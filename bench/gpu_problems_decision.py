@@ -69,12 +69,14 @@ class _OnBoard:
     def differences(self, expected: decided.Sequel) -> dict[str, float]:
         """inf for every part of the state that is not as expected."""
         found = decided.Sequel.of({name: getattr(self.board, name) for name in boards.STATE})
-        return {name: math.inf for name in found.differences(expected)} or {"state": 0.0}
+        return dict.fromkeys(found.differences(expected), math.inf) or {"state": 0.0}
 
 
 class Verify(_OnBoard):
-    """`kernels.decision`, `rejection` and `thresholds`. Sizes: vocab, rule (of `decision.RULES`), heat (temperature
-    in tenths); tiers, level, kind (of `DIVERGENCES`), processed, filters (of `gpu_board.FILTERS`), mode, cut optional.
+    """`kernels.decision`, `rejection` and `thresholds`.
+
+    Sizes: vocab, rule (of `decision.RULES`), heat (temperature in tenths); optional tiers, level, kind (of
+    `DIVERGENCES`), processed, filters (of `gpu_board.FILTERS`), mode, cut.
 
     With three tiers the middle one has judged the lowest: what was drawn by either is judged by the target.
     """
@@ -177,7 +179,8 @@ class Verify(_OnBoard):
         parts = {"distance": board.distance[m:]}
         for name in ("normaliser", "cut"):
             parts[name] = getattr(board, name)[self.level, length:]
-            parts[f"{name} below"] = getattr(board, name)[0, m:]
+            # `thresholds` also takes the lower tier's row after the proposal, where the launch has room for it.
+            parts[f"{name} below"] = getattr(board, name)[0, length:]
         return parts
 
     def verdicts(self, length: int) -> dict[str, float]:

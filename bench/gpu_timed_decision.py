@@ -26,9 +26,10 @@ from pyramid_rt.kernels import decision, report, sample, thresholds
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.kernels.board import COUNTERS, Board
 from pyramid_rt.kernels.common import WINDOW, Launch
+from pyramid_rt.kernels.head import TileStatistics
 
-# Calls of a graph between two resets; each has a state of its own.
-STATES = 64
+# Calls of a graph between two resets; each has a state of its own. The interpreter is slow and times nothing.
+STATES = {"cuda": 64, "cpu": 2, "meta": 2}
 HEAT = 0.7
 THRESHOLD = 0.1
 FILTERED = 1
@@ -71,7 +72,7 @@ class TimedDecision:
         self.shape, self.place, self.l2_bytes = shape, place, l2_bytes
         self.source = source_for(self.op, shape, "float32", place)
         self.board = self._board()
-        self.length = 0
+        self.length, self.most_states = 0, STATES[place.device.type]
         self.states: dict[str, Tensor] = {}
         self.initial: dict[str, Tensor] = {}
 
@@ -103,7 +104,8 @@ class TimedDecision:
         """Fill the board at the first call; stack the states of this length."""
         if self.place.device.type == "meta":
             self.states = {
-                n: torch.stack([getattr(self.board, n)] * 2) for n in ("control", "tokens", "source")
+                n: torch.stack([getattr(self.board, n)] * self.most_states)
+                for n in ("control", "tokens", "source")
             }
             return
         if not self.states:
@@ -115,7 +117,7 @@ class TimedDecision:
             for name in ("control", "tokens", "source"):
                 kept: Tensor = getattr(self.board, name)
                 self.initial[name] = kept.clone()
-                self.states[name] = kept.repeat(STATES, *[1] * kept.dim())
+                self.states[name] = kept.repeat(self.most_states, *[1] * kept.dim())
 
     def reset(self) -> None:
         """Put all states back: broadcast copies."""
@@ -141,13 +143,13 @@ class TimedDecision:
         self.prepare(length)
         stationary = traffic(self.op, self.shape, length=length).stationary
         count = copies_for(stationary, self.l2_bytes)
-        if count > STATES:
+        if count > self.most_states:
             return []
         sets = [self.board]
+        s = self.board.statistics
         for _ in range(count - 1):
-            s = self.board.statistics
-            copied = {name: getattr(s, name).clone() for name in ("peak", "total", "best", "token")}
-            sets.append(replace(self.board, rows=self.board.rows.clone(), statistics=replace(s, **copied)))
+            copied = TileStatistics(s.peak.clone(), s.total.clone(), s.best.clone(), s.token.clone())
+            sets.append(replace(self.board, rows=self.board.rows.clone(), statistics=copied))
         return self.chains(length, sets)
 
     def compilable(self, length: int) -> tuple[Launch, ...]:
@@ -312,13 +314,12 @@ class TimedReport(TimedDecision):
     def decision(self, length: int) -> Callable[[], Tensor]:
         """What `pyramid_rt.report` does where torch decides: words, counters and tokens put together."""
         b = self.board
-        words, ended = (b.control[:1], b.control[2:4], b.control[8:10]), b.ended.reshape(1)
+        end, cached, bad, ended = b.control[:1], b.control[2:4], b.control[8:10], b.ended.reshape(1)
 
         def run() -> Tensor:
             tokens = b.tokens[BASE : BASE + self.most]
-            return torch.cat(
-                (self.reported.reshape(1), *words, ended.to(torch.int64), b.counters.flatten(), tokens)
-            )
+            parts = (self.reported.reshape(1), end, ended.to(torch.int64), cached, bad, b.counters.flatten())
+            return torch.cat((*parts, tokens))
 
         return run
 
