@@ -163,9 +163,9 @@ def decision_cases() -> Iterator[Case]:
                 decided("decide", vocab, rule=rule, heat=heat, mode=mode) for rule in (match, fuzzy, either)
             )
             yield decided("reject", vocab, rule=reject, heat=heat, mode=mode)
-    for cut, mode in ((1, "all"), (2, "late"), (3, "late"), (4, "all")):
+    for cut, fared in ((1, "all"), (2, "late"), (3, "late"), (4, "all")):
         for op, rule in (("decide", match), ("reject", reject)):
-            yield decided(op, vocab, rule=rule, heat=7, mode=MODES.index(mode), cut=cut)
+            yield decided(op, vocab, rule=rule, heat=7, mode=MODES.index(fared), cut=cut)
     for kind in range(1, len(DIVERGENCES)):
         yield decided("decide", vocab, rule=fuzzy, heat=7, kind=kind)
     for kind in (0, DIVERGENCES.index("topk_js")):
@@ -177,8 +177,8 @@ def decision_cases() -> Iterator[Case]:
     yield decided("decide", vocab, rule=match, heat=7, tiers=3, level=1)
     for filters in (0, 1):
         yield decided("reject", vocab, rule=reject, heat=7, tiers=3, filters=filters)
-    for cut in ("stop stands", "stop corrects", "limit"):
-        yield decided("sample", vocab, heat=7, cut=CUTS.index(cut))
+    for name in ("stop stands", "stop corrects", "limit"):
+        yield decided("sample", vocab, heat=7, cut=CUTS.index(name))
     for filters in (0, 1):
         yield decided("sample", vocab, heat=7, first=1, filters=filters)
     for tiers in (1, 2, 3):

@@ -91,8 +91,12 @@ class TimedDecision:
         """Rows of both tiers, on which their own tokens agree for most positions."""
         boards.request(board, temperature=HEAT, filters=FILTERED if self.filters else 0, threshold=THRESHOLD)
         p = source.random(WINDOW, self.shape.vocab, scale=3.0)
-        for level, rows in ((1, p), (0, p + source.random(*p.shape, scale=0.05))):
-            boards.put_rows(board, level, rows, boards.scores(board, rows))
+        for level, rows in ((0, p + source.random(*p.shape, scale=0.05)), (1, p)):
+            self.scores = boards.scores(board, rows)
+            boards.put_rows(board, level, rows, self.scores)
+            if level == 0:
+                self.first_scores = self.scores[:1].clone()
+        self.noise = self.scores - p / board.temperature
 
     def open(self, length: int) -> None:
         """The open round of every state."""
@@ -129,9 +133,9 @@ class TimedDecision:
         self.prepare(length)
         made = []
         for i in range(self.states["control"].shape[0]):
-            own = {name: stacked[i] for name, stacked in self.states.items()}
-            parts = self.parts(replace(board[i % len(board)], **own), length)
-            made.append(Chain(parts, self.reset if i == 0 else None))
+            control, tokens, source = (self.states[name][i] for name in ("control", "tokens", "source"))
+            own = replace(board[i % len(board)], control=control, tokens=tokens, source=source)
+            made.append(Chain(self.parts(own, length), self.reset if i == 0 else None))
         return made
 
     def launches(self, length: int) -> list[Chain]:
@@ -169,8 +173,10 @@ class TimedDecision:
         return p, q, boards.positions(self.board, count), proposed
 
     def decision(self, length: int) -> Callable[[], Tensor]:
-        """The torch steps' ops, up to how many tokens stand: without the noise that a torch round draws too, since
-        the head's kernel draws it in its own."""
+        """The torch steps' ops as far as the token that follows what stands, without what they write.
+
+        Scores with noise are made beforehand, though a torch round draws them: the head's kernel does so here.
+        """
         raise NotImplementedError
 
     def peers(self, length: int) -> dict[str, list[Call]]:
@@ -188,10 +194,10 @@ class TimedFuzzy(TimedDecision):
         """Own tokens of scaled rows, divergence, prefix."""
         p, q, _, _ = self.rows(length)
         m = q.shape[0]
-        heat, threshold = self.board.temperature, self.board.thresholds[0]
+        score, threshold = self.scores[: m + 1], self.board.thresholds[0]
 
         def run() -> Tensor:
-            own = (p / heat).argmax(-1)
+            own = score.argmax(-1)
             stands = ops.divergence("js", p[:m], q) <= threshold
             return own.gather(0, stands.to(torch.int64).cumprod(0).sum(0).reshape(1))
 
@@ -205,11 +211,12 @@ class TimedMatch(TimedDecision):
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """Own tokens and the prefix that equals them."""
-        p, q, _, proposed = self.rows(length)
-        m, heat = q.shape[0], self.board.temperature
+        _, q, _, proposed = self.rows(length)
+        m = q.shape[0]
+        score = self.scores[: m + 1]
 
         def run() -> Tensor:
-            own = (p / heat).argmax(-1)
+            own = score.argmax(-1)
             return own.gather(0, (proposed == own[:m]).to(torch.int64).cumprod(0).sum(0).reshape(1))
 
         return run
@@ -229,10 +236,11 @@ class TimedFiltered(TimedDecision):
     def decision(self, length: int) -> Callable[[], Tensor]:
         """A sort of every row, own tokens, prefix."""
         p, q, _, proposed = self.rows(length)
-        m, b = q.shape[0], self.board
+        m, b, noise = q.shape[0], self.board, self.noise[: q.shape[0] + 1]
 
         def run() -> Tensor:
-            own = ops.process_logits(p, b.temperature, b.top_k, b.top_p, b.min_p, filters=True).argmax(-1)
+            kept = ops.process_logits(p, b.temperature, b.top_k, b.top_p, b.min_p, filters=True)
+            own = (kept + noise).argmax(-1)
             return own.gather(0, (proposed == own[:m]).to(torch.int64).cumprod(0).sum(0).reshape(1))
 
         return run
@@ -259,11 +267,11 @@ class TimedRejection(TimedDecision):
         """Log-softmax of both, verdicts, the residual with its noise."""
         p, q, places, proposed = self.rows(length)
         m, b, vocab = q.shape[0], self.board, self.shape.vocab
-        token = proposed.unsqueeze(-1)
+        token, score = proposed.unsqueeze(-1), self.scores[: m + 1]
 
         def run() -> Tensor:
             p_log, q_log = (torch.log_softmax(rows / b.temperature, -1) for rows in (p, q))
-            own = p_log.argmax(-1)
+            own = score.argmax(-1)
             u = ops.uniform(ops.random_words(b.seed, places[:m], ops.PURPOSE_ACCEPT, 0, 1).squeeze(-1))
             px, qx = (log.gather(-1, token).squeeze(-1).exp() for log in (p_log[:m], q_log))
             accepted = (u * qx < px).to(torch.int64).cumprod(0).sum(0)
@@ -291,8 +299,7 @@ class TimedSample(TimedDecision):
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """The row's winner."""
-        row, heat = self.board.rows[0, :1, : self.shape.vocab], self.board.temperature
-        return lambda: (row / heat).argmax(-1)
+        return lambda: self.first_scores.argmax(-1)
 
 
 class TimedReport(TimedDecision):
