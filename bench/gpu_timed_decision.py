@@ -91,12 +91,17 @@ class TimedDecision:
         """Rows of both tiers, on which their own tokens agree for most positions."""
         boards.request(board, temperature=HEAT, filters=FILTERED if self.filters else 0, threshold=THRESHOLD)
         p = source.random(WINDOW, self.shape.vocab, scale=3.0)
-        for level, rows in ((0, p + source.random(*p.shape, scale=0.05)), (1, p)):
+        q = p + source.random(*p.shape, scale=0.05)
+        self.set_apart(p, q)
+        for level, rows in ((0, q), (1, p)):
             self.scores = boards.scores(board, rows)
             boards.put_rows(board, level, rows, self.scores)
             if level == 0:
                 self.first_scores = self.scores[:1].clone()
         self.noise = self.scores - p / board.temperature
+
+    def set_apart(self, p: Tensor, q: Tensor) -> None:
+        """Change the rows [64, V] of both tiers where a rule should find a token to refuse."""
 
     def open(self, length: int) -> None:
         """The open round of every state."""
@@ -257,11 +262,14 @@ class TimedRejection(TimedDecision):
         made = thresholds.plan(board, 1, count, draw=False, filters=False, below=True)
         return made, decision.plan(board, 1, count, "rejection", stored=True)
 
+    def set_apart(self, p: Tensor, q: Tensor) -> None:
+        """Token 0 is all that the lower tier wants, and nothing to the upper."""
+        p[:, 0], q[:, 0] = -30.0, 20.0
+
     def open(self, length: int) -> None:
-        """The last proposed token is the row's least likely one, so that a residual is drawn."""
+        """The last proposed token is token 0, so that a residual is drawn."""
         super().open(length)
-        last = self.count(length) - 2
-        self.board.tokens[BASE + last] = self.board.rows[1, last, : self.shape.vocab].argmin()
+        self.board.tokens[BASE + self.count(length) - 2] = 0
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """Log-softmax of both, verdicts, the residual with its noise."""
