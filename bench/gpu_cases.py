@@ -38,7 +38,6 @@ PROBLEMS: dict[str, Callable[[Case, Place], Problem]] = {
 # Those that decide a round. They know no model and one dtype, that of logits.
 DECISION_OPS = ("decide", "reject", "thresholds", "sample", "report")
 FORWARD_OPS = tuple(op for op in PROBLEMS if op not in DECISION_OPS)
-DECIDED_LENGTHS = (2, 8, 41, 64)
 VOCABS = (128256, 4096, 49152, 32749)
 
 

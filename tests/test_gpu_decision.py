@@ -364,6 +364,17 @@ def test_goals_count_the_slowest_rule_and_an_h100_alone() -> None:
     assert not list(goal_lines("interpreter", **us))
 
 
+@pytest.mark.parametrize(
+    ("bad", "dropped"), [("thresholds", {"filtered", "reject"}), ("decide", {"decide", "match", "filtered"})]
+)
+def test_a_wrong_kernel_is_not_compared_with_torch(bad: str, dropped: set[str]) -> None:
+    rows: list[Row] = [{"kind": "check", "op": bad, "ok": False, "message": "wrong"}]
+    ops = ("decide", "match", "filtered", "reject", "sample")
+    rows += [row | {"ratio": 0.5} for op in ops for row in rows_of({f"{op}_8": 1.0})]
+    made = gpu_report.with_shares(rows)[1:]
+    assert {row["op"] for row in made if "ratio" not in row} == dropped
+
+
 # Whole rounds
 
 
