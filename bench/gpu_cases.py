@@ -12,7 +12,10 @@ from typing import Any
 from bench.compile_kernels import SHAPES, Shape
 from bench.gpu_problems import Case, Embed, GateUp, Place, Problem, Project, Qkv
 from bench.gpu_problems_cache import Attention, Compact
+from bench.gpu_problems_decision import CUTS, MODES, Draw, Report, Verify
 from bench.gpu_problems_head import Head
+from pyramid_rt.kernels.decision import RULES
+from pyramid_rt.kernels.sampling_reference import DIVERGENCES
 
 DTYPES = ("bfloat16", "float16", "float32")
 LENGTHS = (1, 2, 7, 16, 17, 64)
@@ -26,7 +29,21 @@ PROBLEMS: dict[str, Callable[[Case, Place], Problem]] = {
     "down": Project,
     "head": Head,
     "compact": Compact,
+    "decide": Verify,
+    "reject": Verify,
+    "thresholds": Verify,
+    "sample": Draw,
+    "report": Report,
 }
+# Those that decide a round. They know no model and one dtype, that of logits.
+DECISION_OPS = ("decide", "reject", "thresholds", "sample", "report")
+FORWARD_OPS = tuple(op for op in PROBLEMS if op not in DECISION_OPS)
+VOCABS = (128256, 4096, 49152, 32749)
+
+
+def ships(case: Case) -> bool:
+    """Whether a case belongs to what is run first: the type of the weights, and decisions."""
+    return case.dtype == "bfloat16" or case.op in DECISION_OPS
 
 
 def build(case: Case, place: Place) -> Problem:
@@ -60,7 +77,7 @@ def llama_sizes(op: str, shape: Shape, start: int) -> dict[str, int]:
 def llama_cases(dtype: str, shapes: tuple[Shape, ...] = SHAPES, start: int = 1000) -> Iterator[Case]:
     """Every op at the shapes of the Llamas."""
     for shape in shapes:
-        for op in PROBLEMS:
+        for op in FORWARD_OPS:
             yield Case(op, dtype, shape.name, llama_sizes(op, shape, start))
 
 
@@ -119,10 +136,80 @@ def compact_cases(dtype: str) -> Iterator[Case]:
         yield Case("compact", dtype, f"odd-{count}", sizes)
 
 
+def decided(op: str, vocab: int, **sizes: int) -> Case:
+    """A decision; its name says what is not as usual."""
+    named = "-".join(f"{name}{value}" for name, value in sizes.items())
+    return Case(op, "float32", f"v{vocab}-{named}", {"vocab": vocab, **sizes})
+
+
+def decision_cases() -> Iterator[Case]:
+    """Every rule over every vocabulary with and without noise; in the smallest all else that a verify may meet."""
+    match, reject, fuzzy, either = (
+        RULES.index(rule) for rule in ("match", "rejection", "fuzzy", "fuzzy_or_match")
+    )
+    for vocab in VOCABS:
+        for heat in (7, 0):
+            yield from (decided("decide", vocab, rule=rule, heat=heat) for rule in (match, fuzzy, either))
+            yield decided("reject", vocab, rule=reject, heat=heat)
+        for filters in (1, 4):
+            yield decided("thresholds", vocab, rule=match, heat=7, filters=filters)
+            yield decided("sample", vocab, heat=7, filters=filters)
+        yield decided("sample", vocab, heat=7)
+    vocab = min(VOCABS)
+    for mode in range(1, len(MODES)):
+        for heat in (7, 0):
+            yield from (
+                decided("decide", vocab, rule=rule, heat=heat, mode=mode) for rule in (match, fuzzy, either)
+            )
+            yield decided("reject", vocab, rule=reject, heat=heat, mode=mode)
+    for cut, fared in ((1, "all"), (2, "late"), (3, "late"), (4, "all")):
+        for op, rule in (("decide", match), ("reject", reject)):
+            yield decided(op, vocab, rule=rule, heat=7, mode=MODES.index(fared), cut=cut)
+    for kind in range(1, len(DIVERGENCES)):
+        yield decided("decide", vocab, rule=fuzzy, heat=7, kind=kind)
+    for kind in (0, DIVERGENCES.index("topk_js")):
+        yield decided("decide", vocab, rule=fuzzy, heat=13, kind=kind, processed=1)
+        yield decided("decide", vocab, rule=either, heat=7, kind=kind, processed=1, filters=1, tiers=3)
+    for filters in (2, 3, 5):
+        yield decided("thresholds", vocab, rule=match, heat=7, filters=filters)
+    yield decided("thresholds", vocab, rule=match, heat=0, filters=1)
+    yield decided("decide", vocab, rule=match, heat=7, tiers=3, level=1)
+    for filters in (0, 1):
+        yield decided("reject", vocab, rule=reject, heat=7, tiers=3, filters=filters)
+    for name in ("stop stands", "stop corrects", "limit"):
+        yield decided("sample", vocab, heat=7, cut=CUTS.index(name))
+    for filters in (0, 1):
+        yield decided("sample", vocab, heat=7, first=1, filters=filters)
+    for tiers in (1, 2, 3):
+        yield decided("report", vocab, tiers=tiers)
+
+
+def decision_race_cases() -> Iterator[Case]:
+    """Every kernel over the largest vocabulary, where most programs race."""
+    vocab = max(VOCABS)
+    topk = DIVERGENCES.index("topk_js")
+    yield decided("decide", vocab, rule=0, heat=7)
+    yield decided("decide", vocab, rule=RULES.index("fuzzy"), heat=7, mode=3)
+    yield decided("decide", vocab, rule=RULES.index("fuzzy_or_match"), heat=7, kind=topk)
+    yield decided("reject", vocab, rule=RULES.index("rejection"), heat=7, mode=3)
+    yield decided("reject", vocab, rule=RULES.index("rejection"), heat=7, tiers=3, filters=1)
+    yield from (decided("thresholds", vocab, rule=0, heat=7, filters=filters) for filters in (1, 2, 4))
+    yield decided("sample", vocab, heat=7, filters=2)
+    yield decided("report", min(VOCABS), tiers=3)
+
+
+def binaries(case: Case) -> str:
+    """Decisions of the same answer run the same binaries."""
+    kept = {name: value for name, value in case.sizes.items() if name not in ("heat", "mode", "cut")}
+    if "filters" in kept:
+        kept["filters"] = int(kept["filters"] > 0)
+    return f"{case.op}/{sorted(kept.items())}"
+
+
 def check_cases() -> list[Case]:
     """For correctness, in order of worth: the type that ships first."""
     cases = [*llama_cases("bfloat16"), *odd_cases("bfloat16"), *attention_cases("bfloat16")]
-    cases += compact_cases("bfloat16")
+    cases += [*compact_cases("bfloat16"), *decision_cases()]
     for dtype in ("float16", "float32"):
         cases += [*odd_cases(dtype), *attention_cases(dtype), *compact_cases(dtype), *llama_cases(dtype)]
     return cases
@@ -141,7 +228,7 @@ def invariance_cases() -> list[Case]:
 
 def race_cases() -> list[Case]:
     """For 100 runs beside other work."""
-    cases = [*llama_cases("bfloat16"), *attention_cases("bfloat16")]
+    cases = [*decision_race_cases(), *llama_cases("bfloat16"), *attention_cases("bfloat16")]
     cases += [c for c in odd_cases("bfloat16") if c.op != "embed" or "placed" in c.sizes]
     for dtype in ("float16", "float32"):
         cases += llama_cases(dtype, SHAPES[:1])
@@ -153,7 +240,7 @@ def quick(cases: list[Case]) -> list[Case]:
     kept: dict[str, list[Case]] = {}
     for case in cases:
         chosen = kept.setdefault(case.op, [])
-        if case.dtype == "bfloat16" and len(chosen) < 2 and case.name != SHAPES[1].name:
+        if ships(case) and len(chosen) < 2 and case.name != SHAPES[1].name:
             chosen.append(case)
     return [case for case in cases if case in kept[case.op]]
 
@@ -182,7 +269,16 @@ def tiny_cases() -> list[Case]:
             {"layers": 1, "kv_heads": 1, "rows": 80, "head_dim": 64, "start": 5, "count": 7},
         ),
     )
-    return [Case(op, dtype, f"tiny-{number}", sizes) for number, (op, dtype, sizes) in enumerate(made)]
+    cases = [Case(op, dtype, f"tiny-{number}", sizes) for number, (op, dtype, sizes) in enumerate(made)]
+    cases += [
+        decided("decide", 101, rule=RULES.index("fuzzy_or_match"), heat=7),
+        decided("decide", 101, rule=0, heat=0, mode=3),
+        decided("reject", 101, rule=RULES.index("rejection"), heat=7, mode=3),
+        decided("thresholds", 101, rule=0, heat=7, filters=4),
+        decided("sample", 101, heat=7, filters=2),
+        decided("report", 101, tiers=2),
+    ]
+    return cases
 
 
 def as_json(case: Case) -> dict[str, Any]:

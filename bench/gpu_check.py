@@ -206,13 +206,13 @@ def profile(options: argparse.Namespace) -> int:
     import torch
 
     from bench.gpu_runtime import make_runtime
-    from bench.gpu_timed import TIMED
+    from bench.gpu_timed_decision import WORKLOADS
     from bench.gpu_traffic import shape_named, traffic
 
-    if options.profile not in TIMED:
-        raise SystemExit(f"--profile {options.profile}: expected one of {', '.join(TIMED)}")
+    if options.profile not in WORKLOADS:
+        raise SystemExit(f"--profile {options.profile}: expected one of {', '.join(WORKLOADS)}")
     runtime, shape = make_runtime(options.device), shape_named(options.shape)
-    work = TIMED[options.profile](shape, "bfloat16", runtime.place, runtime.l2_bytes, options.context)
+    work = WORKLOADS[options.profile](shape, "bfloat16", runtime.place, runtime.l2_bytes, options.context)
     launches = work.launches(options.T)
     launches[0].run()
     runtime.synchronize()

@@ -13,9 +13,10 @@ from bench import gpu_oracle as oracle
 from bench.compile_kernels import Shape
 from bench.gpu_problems import EPS, ROWS, Case, Judge, Place, Source, fill
 from pyramid_rt.kernels.common import WINDOW, Launch
-from pyramid_rt.models.backend import TorchBackend, make_backend
+from pyramid_rt.models.backend import Backend, TorchBackend, make_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, LayerWeights, Llama, forward, weight_bytes
+from pyramid_rt.models.triton_backend import TritonBackend
 
 
 def llama_config(shape: Shape, *, tied: bool, positions: int) -> LlamaConfig:
@@ -40,14 +41,19 @@ def llama_config(shape: Shape, *, tied: bool, positions: int) -> LlamaConfig:
 def random_llama(config: LlamaConfig, source: Source, *, backend: str, max_seq: int) -> Llama:
     """Weights that keep the residual stream near its size, behind `torch` or `triton`."""
     device, dtype = source.place.device, source.dtype
-    made = make_backend(
-        backend,
-        config,
-        device,
-        dtype=dtype,
-        max_seq=max_seq,
-        weight_bytes=weight_bytes(config, dtype),
-    )
+    made: Backend
+    if device.type == "meta" and backend == "triton":
+        # For a compiler without a GPU, which nobody who loads a model is.
+        made = TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
+    else:
+        made = make_backend(
+            backend,
+            config,
+            device,
+            dtype=dtype,
+            max_seq=max_seq,
+            weight_bytes=weight_bytes(config, dtype),
+        )
     model = Llama.empty(config, made, max_seq=max_seq, dtype=dtype, device=device)
     parts = [getattr(layer, part.name) for layer in model.layers for part in fields(LayerWeights)]
     tables = {tensor.data_ptr(): tensor for tensor in (model.embedding, model.head)}

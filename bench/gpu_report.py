@@ -21,7 +21,15 @@ WIDTH_GOALS = {16: 1.10, 64: 1.35}
 PEER_GOAL = 1.03
 ATTENTION_GOAL = 0.85
 ATTENTION_CONTEXT = 32768
-CHECKS = ("check", "invariance", "chunks", "races")
+# Microseconds of a decision over 128,256 entries on an H100: name, ops of which the slowest counts, positions.
+DECISION_GOALS = (
+    ("8 positions decided without filters, us", ("decide", "match"), 8, 12.0),
+    ("8 positions decided with filters, us", ("filtered",), 8, 25.0),
+    ("41 positions decided, us", ("decide", "match", "filtered"), 41, 40.0),
+)
+# Timings of several checked kernels, or of one under another name.
+RESTS_ON = {"match": ("decide",), "filtered": ("decide", "thresholds"), "reject": ("thresholds",)}
+CHECKS = ("check", "invariance", "chunks", "races", "round")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,7 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
     """
     found, result = bandwidth(rows), list[Row]()
     wrong = {row["op"] for row in rows if not row.get("ok", True) and row["kind"] in CHECKS}
+    wrong |= {op for op, parts in RESTS_ON.items() if wrong.intersection(parts)}
     for row in rows:
         made = dict(row)
         if "us" in row and found is not None:
@@ -203,7 +212,24 @@ def goals(rows: Sequence[Row], device: str) -> list[Goal]:
         for length, ratio in WIDTH_GOALS.items():
             wide = steps[length]["us"] / one["us"] if one and length in steps else None
             found.append(Goal(f"step of {shape}, T={length} over T=1", wide, ratio))
-    return found + _attention_goals(rows) + _peer_goals(rows)
+    return found + _attention_goals(rows) + _decision_goals(rows, hopper=hopper) + _peer_goals(rows)
+
+
+def _decision_goals(rows: Sequence[Row], *, hopper: bool) -> list[Goal]:
+    """The slowest of the rules that were timed; not met unless all of them were."""
+    found = []
+    for name, ops, positions, target in DECISION_GOALS:
+        timed = {
+            row["op"]: row["us"]
+            for row in rows
+            if row["kind"] == "time" and row["ok"] and row["op"] in ops and row["T"] == positions
+        }
+        worst = max(timed, key=lambda op: timed[op]) if len(timed) == len(ops) else None
+        note = ", ".join(f"{op} {us:.2f} us" for op, us in timed.items())
+        if worst is not None and not hopper:
+            note += " on this device; the goal is an H100's"
+        found.append(Goal(name, timed[worst] if worst is not None and hopper else None, target, note=note))
+    return found
 
 
 def _attention_goals(rows: Sequence[Row]) -> list[Goal]:

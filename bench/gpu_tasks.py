@@ -13,11 +13,13 @@ from torch import Tensor
 
 from bench import gpu_oracle as oracle
 from bench.compile_kernels import Shape
-from bench.gpu_cases import LENGTHS, build
+from bench.gpu_cases import DECISION_OPS, LENGTHS, binaries, build
 from bench.gpu_problems import Case, Place, Problem
 from bench.gpu_problems_model import Forward, Step
+from bench.gpu_round import NativeRound
 from bench.gpu_runtime import REPLAYS, Runtime, Sample
 from bench.gpu_timed import TIMED, Config
+from bench.gpu_timed_decision import TIMED_DECISIONS, WORKLOADS, TimedDecision
 from bench.gpu_traffic import launches_for, step_traffic, traffic
 
 Row = dict[str, Any]
@@ -65,11 +67,16 @@ class Task:
     @property
     def compiles(self) -> str:
         """Tasks that share it run the same binaries."""
+        lengths = ",".join(map(str, self.lengths))
+        if self.case is not None and self.case.op in DECISION_OPS:
+            # Lengths of a verify are part of a binary.
+            return f"case/{binaries(self.case)}/T{lengths}"
         if self.case is not None:
             return f"case/{self.case.key}"
         if self.kind not in ("time", "tune", "step") or self.shape is None:
             return ""
-        return f"timed/{self.op}/{self.shape.name}/{self.dtype}/{self.config or 'shipped'}"
+        decided = f"/T{lengths}" if self.op in TIMED_DECISIONS else ""
+        return f"timed/{self.op}/{self.shape.name}/{self.dtype}/{self.config or 'shipped'}{decided}"
 
 
 @dataclass
@@ -198,6 +205,17 @@ def races(task: Task, runtime: Runtime) -> Iterator[Row]:
     yield tally.row(task, runs=task.runs, lengths=list(lengths))
 
 
+def native_round(task: Task, runtime: Runtime) -> Iterator[Row]:
+    """Whole rounds: eager and replayed the same tokens, and those that torch decides on the same logits."""
+    assert task.case is not None
+    tally = Tally()
+    wrong, found = NativeRound(task.case, runtime.place).faults()
+    for message in wrong:
+        tally.fail(message)
+    accepted = [row[1] for row in found.counters]
+    yield tally.row(task, launches=found.launches, rounds=found.rounds, accepted=accepted)
+
+
 def build_any(case: Case, place: Place) -> Problem:
     """The problem of a case, whole passes included."""
     return Forward(case, place) if case.op == "forward" else build(case, place)
@@ -233,7 +251,7 @@ def time_op(task: Task, runtime: Runtime) -> Iterator[Row]:
     """One op at one shape, and the torch sequences it replaces, under the same replay and rotation."""
     assert task.shape is not None
     itemsize = getattr(torch, task.dtype).itemsize
-    work = TIMED[task.op](task.shape, task.dtype, runtime.place, runtime.l2_bytes, task.context)
+    work = WORKLOADS[task.op](task.shape, task.dtype, runtime.place, runtime.l2_bytes, task.context)
     for length in task.lengths:
         total = traffic(task.op, task.shape, length=length, context=task.context, itemsize=itemsize).total
         launches = work.launches(length)
@@ -252,6 +270,11 @@ def time_op(task: Task, runtime: Runtime) -> Iterator[Row]:
         row |= {"peers": peers, "peer_errors": errors, "peer": best}
         if best:
             row |= {"peer_us": peers[best], "ratio": round(sample.median / peers[best], 4)}
+        if isinstance(work, TimedDecision):
+            row |= {"rows": "in the L2, as the head leaves them"}
+            cold = [chain.run for chain in work.cold(length)]
+            if cold:
+                row["us_cold"] = round(runtime.time(cold, task.runs).median, 3)
         yield row
 
 
@@ -324,6 +347,7 @@ KINDS: dict[str, Callable[[Task, Runtime], Iterator[Row]]] = {
     "invariance": invariance,
     "chunks": chunks,
     "races": races,
+    "round": native_round,
     "time": time_op,
     "step": time_step,
     "tune": tune,

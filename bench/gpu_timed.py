@@ -7,8 +7,8 @@ model, where the kernel before has just written them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,23 @@ Call = Callable[[], object]
 Config = ProjectionConfig | AttentionConfig | None
 
 
+class Timeable(Protocol):
+    """A launch, or several that belong together."""
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Of the launch, of several the last."""
+        ...
+
+    def run(self) -> None:
+        """Start it."""
+        ...
+
+
 class Workload(Protocol):
     """One op at one shape; see the module."""
 
-    def launches(self, length: int) -> list[Launch]:
+    def launches(self, length: int) -> Sequence[Timeable]:
         """One launch per set."""
         ...
 
@@ -351,7 +364,7 @@ class TimedCompact:
         }
 
 
-TIMED: dict[str, Callable[..., Workload]] = {
+TIMED: dict[str, Callable[..., Any]] = {
     "embed": TimedEmbed,
     "qkv": TimedQkv,
     "attention": TimedAttention,

@@ -120,11 +120,46 @@ _COUNTS: dict[str, Callable[[Shape, int, int, int], Traffic]] = {
 }
 
 
+# Words of a control block of two tiers, and of what a verify counts.
+_WORDS, _COUNTED = 10, 14
+
+
+def _decision(op: str) -> Callable[[Shape, int, int, int], Traffic]:
+    """Of T positions and T - 1 proposed tokens; all logits are float32 and all counts int64."""
+
+    def count(shape: Shape, length: int, context: int, size: int) -> Traffic:
+        rows = max(2, length)
+        tiles = -(-shape.vocab // HEAD_TILE)
+        both = 2 * rows - 1
+        # Winners of the tiles and their tokens, peaks and sums.
+        own, sums = 4 * tiles + 4, 8 * tiles
+        state = 8 * (_WORDS + _COUNTED + 2)
+        if op in ("sample", "report"):
+            read = own + sums if op == "sample" else 8 * 20
+            written = state if op == "sample" else 8 * 20 + state
+            return Traffic(read + state, written, read)
+        stationary = {
+            "match": rows * (own + sums),
+            "decide": both * 4 * shape.vocab + both * sums + rows * own,
+            "filtered": rows * (4 * shape.vocab + own + sums),
+            "reject": both * (4 * shape.vocab + own + sums),
+        }[op]
+        # Own token and flaw of each row; with processed distributions its normaliser and cut too.
+        results = {"match": 12 * rows, "decide": 16 * rows, "filtered": 20 * rows, "reject": 20 * both}[op]
+        return Traffic(stationary + 8 * rows + state, results + state, stationary)
+
+    return count
+
+
+DECISION_OPS = ("decide", "match", "filtered", "reject", "sample", "report")
+_COUNTS |= {op: _decision(op) for op in DECISION_OPS}
+
+
 def traffic(op: str, shape: Shape, *, length: int, context: int = 0, itemsize: int = 2) -> Traffic:
     """What one launch must read and write.
 
     Args:
-        op: one of `STEP_OPS`, or compact for a whole tier of which `length` rows move.
+        op: one of `STEP_OPS`, or compact for a whole tier of which `length` rows move, or one of `DECISION_OPS`.
         length: T.
         context: cache rows before the window; attention reads context + T of them.
         itemsize: bytes of an element of weights, cache and activations.
@@ -152,6 +187,19 @@ def launches_for(total: int, copies: int) -> int:
     return copies * max(1, -(-wanted // copies))
 
 
+def decision_markdown(lengths: tuple[int, ...] = (8, 41)) -> str:
+    """The table of docs/kernels.md for decisions over the Llamas' vocabulary: KB read and written."""
+    lines = [
+        "| op | " + " | ".join(f"{n} positions" for n in lengths) + " |",
+        "|---" * (1 + len(lengths)) + "|",
+    ]
+    for op in DECISION_OPS:
+        found = [traffic(op, SHAPES[0], length=length) for length in lengths]
+        cells = [f"{each.read / 1e3:.1f} + {each.written / 1e3:.1f}" for each in found]
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(lengths: tuple[int, ...] = (1, 16, 64), context: int = 1024) -> str:
     """The table of docs/kernels.md: MB read and written per launch, bfloat16."""
     head = "| op | " + " | ".join(f"{s.name} T={n}" for s in SHAPES for n in lengths) + " |"
@@ -174,3 +222,5 @@ def markdown(lengths: tuple[int, ...] = (1, 16, 64), context: int = 1024) -> str
 
 if __name__ == "__main__":
     print(markdown())
+    print()
+    print(decision_markdown())

@@ -205,9 +205,11 @@ def compile_task(task: Task, capability: int, launchers: bool) -> int:
     import torch
     from triton.runtime import driver
 
-    from bench.gpu_cases import build
+    from bench.gpu_cases import DECISION_OPS, build
     from bench.gpu_problems import Place
+    from bench.gpu_round import NativeRound
     from bench.gpu_timed import TIMED
+    from bench.gpu_timed_decision import TIMED_DECISIONS
     from bench.gpu_traffic import STEP_OPS, shape_named
 
     driver.set_active(StubDriver(capability))
@@ -218,8 +220,16 @@ def compile_task(task: Task, capability: int, launchers: bool) -> int:
         shape = shape_named(task.case.name) if task.case is not None else task.shape
         dtype = task.case.dtype if task.case is not None else task.dtype
         launches = [TIMED[op](shape, dtype, place, 1, task.context).launches(1)[0] for op in STEP_OPS]
+    elif task.case is not None and task.case.op == "round":
+        launches = NativeRound(task.case, place).launches()
+    elif task.case is not None and task.case.op in DECISION_OPS:
+        problem = build(task.case, place)
+        launches = [launch for length in task.lengths for launch in problem.launches(length)]
     elif task.case is not None:
         launches = build(task.case, place).launches(1)
+    elif task.op in TIMED_DECISIONS:
+        timed = TIMED_DECISIONS[task.op](task.shape, task.dtype, place, 1, task.context)
+        launches = [launch for length in task.lengths for launch in timed.compilable(length)]
     else:
         work = TIMED[task.op](task.shape, task.dtype, place, 1, task.context, task.config)
         launches = work.launches(1)[:1]

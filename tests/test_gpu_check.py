@@ -69,7 +69,9 @@ def test_cases_cover_what_was_asked() -> None:
     assert len(set(keys)) == len(keys)
     for cases in (checks, gpu_cases.race_cases()):
         assert {case.op for case in cases} == set(gpu_cases.PROBLEMS)
-        assert {case.dtype for case in cases} == set(gpu_cases.DTYPES)
+        for dtype in gpu_cases.DTYPES:
+            ops = {case.op for case in cases if case.dtype == dtype}
+            assert ops - set(gpu_cases.DECISION_OPS) == set(gpu_cases.FORWARD_OPS)
     for dtype in gpu_cases.DTYPES:
         chosen = [case.sizes for case in checks if case.op == "attention" and case.dtype == dtype]
         assert {s["heads"] // s["kv_heads"] for s in chosen} >= set(range(1, 9))
@@ -79,7 +81,7 @@ def test_cases_cover_what_was_asked() -> None:
         splits = {case.sizes.get("splits", 1) for case in checks if case.dtype == dtype}
         assert splits == {1, 2, 4, 8}
     rowwise = {case.op for case in gpu_cases.invariance_cases()}
-    assert rowwise == set(gpu_cases.PROBLEMS) - {"compact"}
+    assert rowwise == set(gpu_cases.FORWARD_OPS) - {"compact"}
     assert {1, 2, 7, 16, 17, 64} == set(gpu_cases.LENGTHS)
     assert all(len([c for c in gpu_cases.quick(checks) if c.op == op]) == 2 for op in gpu_cases.PROBLEMS)
 
@@ -132,7 +134,11 @@ def test_budget_does_not_wait_for_compilers_while_others_are_ready() -> None:
     assert budget.next(1.0, ready=lambda task: task is timings[0]) is timings[0]
     assert budget.next(2.0, ready=lambda task: False) is checks[0], "nothing is ready: what matters most"
     order = gpu_plan.compile_order(gpu_plan.check_tasks(), gpu_plan.timing_tasks())
-    types = [task.case.dtype if task.case else "timing" for task in order]
+    types = [
+        task.case.dtype if task.case else "timing"
+        for task in order
+        if not task.case or task.case.op not in gpu_cases.DECISION_OPS
+    ]
     assert list(dict.fromkeys(types)) == ["bfloat16", "timing", "float16", "float32"]
     assert len(order) == len(gpu_plan.check_tasks()) + len(gpu_plan.timing_tasks())
 
@@ -234,8 +240,10 @@ def test_checks_find_planted_faults(fault: str, kinds: set[str], monkeypatch: py
 @pytest.mark.parametrize("case", gpu_cases.tiny_cases(), ids=lambda case: case.key)
 def test_every_problem_in_the_interpreter(case: Case) -> None:
     runtime = InterpreterRuntime()
-    tasks = [Task("check", case, lengths=(1, 17)), Task("races", case, lengths=(2,), runs=2)]
-    if case.op != "compact" and not case.sizes.get("tree"):
+    deciding = case.op in gpu_cases.DECISION_OPS
+    lengths = (2, 7) if deciding else (1, 17)
+    tasks = [Task("check", case, lengths=lengths), Task("races", case, lengths=(2,), runs=2)]
+    if case.op != "compact" and not deciding and not case.sizes.get("tree"):
         tasks.append(Task("invariance", case, lengths=(1, 5), firsts=(0, 1)))
     for task in tasks:
         (row,) = gpu_tasks.perform(task, runtime)
