@@ -6,8 +6,9 @@ three ways see the same logits, bit for bit: the kernels' own. Tokens and counte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from bench.compile_kernels import Shape
 from bench.gpu_problems import Case, Place, Source
 from bench.gpu_problems_model import llama_config, random_llama
-from pyramid_rt.graphs import CudaRecorder, GraphedRound, Recorder, Step
+from pyramid_rt.graphs import CudaRecorder, Graphs, Recorder, Step
 from pyramid_rt.kernel_steps import KernelRounds, Stage, processed_tiers
 from pyramid_rt.kernels.common import Launch
 from pyramid_rt.model_tier import ModelTier
@@ -171,17 +172,19 @@ class NativeRound:
         else:
             rounds = KernelRounds(self.tiers, plan, state, vocab)
         rounds.first_token(torch.tensor([PROMPT - 1], device=device), PROMPT, window, zero)
-        step = rounds.outer_round
+        step: Callable[[int], None] = rounds.outer_round
         if way == "graph":
             recorder: Recorder = CudaRecorder(device) if device.type == "cuda" else Again()
             names = tuple(tier.name for tier in self.tiers)
-            step = GraphedRound(
-                rounds, rounds.outer_round, state, [], plan, self.max_seq, names, recorder
-            ).run  # type: ignore[assignment]
+            graphs = Graphs(rounds, state, [], plan, self.max_seq, names, recorder)
+            step = partial(self._repeat, graphs, rounds)
         return self._finish(state, rounds, step)
 
-    def _finish(self, state: State, rounds: Rounds, step: object) -> Decoded:
-        assert callable(step)
+    @staticmethod
+    def _repeat(graphs: Graphs, rounds: Rounds, known_end: int) -> None:
+        graphs.run("round", known_end, rounds.outer_round)
+
+    def _finish(self, state: State, rounds: Rounds, step: Callable[[int], None]) -> Decoded:
         made, limit = 0, PROMPT + self.new
         while not bool(state.ended) and int(state.end) < limit and made < self.new:
             step(int(state.end))
