@@ -33,6 +33,16 @@ def add_bench() -> None:
 
 add_bench()
 
+
+@pytest.fixture
+def children_find_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Child processes take over the import path; there they find `bench` as a command run from the root does.
+
+    At its end, so that nothing takes our `kernels` for the package of that name.
+    """
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).resolve().parent.parent)])
+
+
 LAYERS = {"draft": 1, "qualifier": 2, "target": 4}
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 

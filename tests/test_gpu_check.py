@@ -18,6 +18,8 @@ from bench.gpu_problems import Case
 from bench.gpu_runtime import InterpreterRuntime
 from bench.gpu_tasks import Task
 
+pytestmark = pytest.mark.usefixtures("children_find_bench")
+
 ROOT = Path(__file__).parent.parent
 cpu_only = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"

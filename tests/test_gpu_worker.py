@@ -18,6 +18,8 @@ from bench.gpu_problems import Case
 from bench.gpu_runtime import Sample
 from bench.gpu_tasks import Row, Task
 
+pytestmark = pytest.mark.usefixtures("children_find_bench")
+
 
 class FakeHands:
     """A child's hands that do what a task's op says."""
