@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ import torch
 
 import pyramid_rt
 from bench.compile_kernels import SHAPES, Shape
-from bench.gpu_problems_model import llama_config
+from bench.gpu_problems import Case, Place, Source
+from bench.gpu_problems_model import llama_config, random_llama
 from bench.gpu_report import environment
 from bench.harness import write_json
 from pyramid_rt.api import DTYPES
@@ -38,9 +39,8 @@ from pyramid_rt.engine import Engine
 from pyramid_rt.generation import Generation
 from pyramid_rt.memory import plan_memory
 from pyramid_rt.model_tier import ModelTier
-from pyramid_rt.models.backend import make_backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.llama import KVCache, LayerWeights, Llama, weight_bytes
+from pyramid_rt.models.llama import KVCache
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import Pyramid
 
@@ -58,29 +58,15 @@ GOALS = {"host_us": 30.0, "idle": 0.02}
 CONTEXT = 1024
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, max_seq: int, backend: str) -> Llama:
-    """Weights that keep the residual stream near its size."""
-    config = replace(llama_config(shape, tied=False, positions=max_seq), eos_token_ids=())
-    made = make_backend(
-        backend, config, device, dtype=dtype, max_seq=max_seq, weight_bytes=weight_bytes(config, dtype)
-    )
-    model = Llama.empty(config, made, max_seq=max_seq, dtype=dtype, device=device)
-    parts = [getattr(layer, part.name) for layer in model.layers for part in fields(LayerWeights)]
-    for tensor in (*parts, model.norm, model.embedding, model.head):
-        if tensor is not None and tensor.dim() == 1:
-            tensor.fill_(1.0)
-        elif tensor is not None:
-            tensor.normal_(0.0, tensor.shape[1] ** -0.5)
-    return model
-
-
 def random_tiers(
     shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, max_seq: int, backend: str
 ) -> list[ModelTier]:
     """A pyramid's tiers, small to large."""
     tiers = []
     for name, shape in zip(NAMES[-len(shapes) :], shapes, strict=True):
-        model = random_model(shape, device, dtype, max_seq, backend)
+        config = replace(llama_config(shape, tied=False, positions=max_seq), eos_token_ids=())
+        source = Source(Place(device, 80), Case("decode", str(dtype).removeprefix("torch."), shape.name, {}))
+        model = random_llama(config, source, backend=backend, max_seq=max_seq)
         cache = KVCache.allocate(model.config, max_seq, dtype, device)
         tiers.append(ModelTier(name, model, cache, max_seq, Path(shape.name)))
     return tiers
