@@ -182,7 +182,7 @@ class NativeRound:
 
     @staticmethod
     def _repeat(graphs: Graphs, rounds: Rounds, known_end: int) -> None:
-        graphs.run("round", known_end, rounds.outer_round)
+        graphs.run("round", known_end, rounds.sections)
 
     def _finish(self, state: State, rounds: Rounds, step: Callable[[int], None]) -> Decoded:
         made, limit = 0, PROMPT + self.new

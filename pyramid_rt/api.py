@@ -16,13 +16,14 @@ from pyramid_rt.model_tier import ModelTier
 from pyramid_rt.models.backend import check_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.params import Options, SamplingParams
-from pyramid_rt.pyramid import Prompt, Pyramid, build_plan
+from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
 from pyramid_rt.tokenizer import Tokenizer
 from pyramid_rt.weights import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_SEQ = 4096
 
+GRAPHS = "graphs"  # what `load` calls the capture of graphs where it reports progress
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,7 +41,7 @@ def load(
     backend: str | None = None,
     control: str | None = None,
     prefix_reuse: bool = True,
-    graphs: bool | None = None,
+    graphs: bool | GraphKind | None = None,
     progress: Progress | None = None,
 ) -> Pyramid:
     """Load a pyramid and keep it.
@@ -53,9 +54,10 @@ def load(
         backend: "triton" (the default on CUDA) or "torch" (the default on a CPU, and runs on both).
         control: "host" or "device", who ends an inner round; by default the host on a CPU.
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
-        graphs: run rounds as CUDA graphs; by default on CUDA under device control. Those of the default method
-            are captured here, others at first use or by `Pyramid.prepare`.
-        progress: called with (tier, bytes read, bytes in all).
+        graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
+            default method are captured here, others at first use or by `Pyramid.prepare`.
+        progress: called with (tier, bytes read, bytes in all), and while graphs are captured with
+            ("graphs", works captured, works in all).
 
     Raises:
         WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
@@ -99,7 +101,7 @@ def load(
         graphs=graphs,
     )
     if pyramid.graphs:
-        pyramid.prepare()
+        pyramid.prepare(progress=None if progress is None else _named(progress, GRAPHS))
     return pyramid
 
 

@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn
 
 from pyramid_rt import api, directory, report, tune_report
 from pyramid_rt.compare import compare
@@ -58,11 +59,17 @@ GENERATION_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--lossless-rule", str, "match or rejection (match)"),
     ("--logprobs", int, "with --json: log-probabilities of each token and of the N likeliest"),
 )
-LOADING_FLAGS: tuple[tuple[str, type, str], ...] = (
+LOADING_FLAGS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("--device", str, "cuda or cpu; CUDA where there is one"),
     ("--dtype", str, "float32, bfloat16 or float16"),
     ("--max-seq", int, "longest sequence, prompt included"),
     ("--backend", str, "triton (default on CUDA) or torch"),
+    ("--control", str, "who ends an inner round: host (default on a CPU) or device"),
+    (
+        "--graphs",
+        lambda text: False if text == "off" else text,
+        "on CUDA: round (a graph for a round), step (one for each step, which then is timed) or off",
+    ),
 )
 TUNE_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--max-new-tokens", int, "length of each output (96)"),
@@ -317,7 +324,7 @@ def _tune_prompts(arguments: argparse.Namespace) -> list[FilePrompt]:
     return [FilePrompt("demo prompt", prompt) for prompt in DEMO_PROMPTS]
 
 
-def _option_name(flag: tuple[str, type, str]) -> str:
+def _option_name(flag: tuple[str, Callable[[str], Any], str]) -> str:
     return flag[0].removeprefix("--").replace("-", "_")
 
 
@@ -342,14 +349,18 @@ def _loaded(arguments: argparse.Namespace) -> Iterator[Pyramid]:
     path = arguments.weights or api.demo_weights()
     options = {name: getattr(arguments, name) for name in map(_option_name, LOADING_FLAGS)}
     console = _stderr()
-    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
-        def advance(tier: str, done: int, total: int) -> None:
-            if tier not in tasks:
-                tasks[tier] = bar.add_task(tier, total=total)
-            bar.update(tasks[tier], completed=done)
+        def advance(what: str, done: int, total: int) -> None:
+            captures = what == api.GRAPHS
+            if what not in tasks:
+                tasks[what] = bar.add_task(
+                    "capturing graphs" if captures else f"loading {what}", total=total, amount=""
+                )
+            amount = f"{done} of {total}" if captures else f"{decimal(done)} of {decimal(total)}"
+            bar.update(tasks[what], completed=done, amount=amount)
 
         pyramid = api.load(path, progress=advance, **options)
     with contextlib.closing(pyramid):

@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 
-from pyramid_rt.graphs import Graphs, Recorder
+from pyramid_rt.graphs import Graphs, Recorder, Work
 from pyramid_rt.models.llama import SLACK_ROWS
 from pyramid_rt.readback import RoundReader, Snapshot
-from pyramid_rt.recursion import Clock
+from pyramid_rt.recursion import Clock, Section
 from pyramid_rt.rounds import WindowRounds, by_kernels, rounds_for
 from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import Tier
@@ -28,6 +28,7 @@ class Engine:
         max_seq: positions of the caches, slack excluded.
         device: of the buffers.
         recorder: captures rounds; None runs them eagerly.
+        stepwise: capture the steps of a round separately.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Engine:
         max_seq: int,
         device: torch.device,
         recorder: Recorder | None = None,
+        *,
+        stepwise: bool = False,
     ) -> None:
         self.tiers, self.plan = tuple(tiers), plan
         make = State.on_board if by_kernels(tiers, plan) else State.allocate
@@ -51,7 +54,10 @@ class Engine:
         if recorder is not None:
             names = tuple(tier.name for tier in tiers)
             others = [self._reader.reported]
-            self._graphs = Graphs(self._rounds, self.state, others, plan, max_seq, names, recorder)
+            self._graphs = Graphs(
+                self._rounds, self.state, others, plan, max_seq, names, recorder, stepwise=stepwise
+            )
+        self._clock: Clock | None = None
         self._context = max_seq
         # What the prompt is processed by: lists of launches on windows of one width, or the tiers' own way.
         self._fillers = cast(WindowRounds, self._rounds) if self.state.board is not None else None
@@ -62,9 +68,9 @@ class Engine:
         return self._reader.posted
 
     @property
-    def captured(self) -> bool:
-        """Whether rounds run as graphs, in which no tier can be timed."""
-        return self._graphs is not None
+    def timed(self) -> bool:
+        """Whether the time of each tier shows: not where a whole round is one graph."""
+        return self._graphs is None or self._graphs.stepwise
 
     @property
     def chunk(self) -> int:
@@ -76,19 +82,31 @@ class Engine:
         count = self._rounds.launches()
         return None if count is None else count + 1  # and the report
 
-    def prepare(self) -> int:
-        """Capture what will be needed, for every length of text; how many graphs were new."""
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Capture what will be needed, for every length of text; how many graphs were new.
+
+        Args:
+            progress: called with (works that are captured, works in all), before the first and after each.
+        """
         if self._graphs is None:
             return 0
-        count = self._graphs.prepare("round", self._round)
+        horizons = self._graphs.horizons()
+        works: list[tuple[str, int, Work]] = [("round", rows, self._round) for rows in horizons]
         if self._fillers is not None:
-            levels = range(self.plan.tiers)
-            count += sum(self._graphs.prepare_one(f"fill {level}", self._fill(level)) for level in levels)
-            count += self._graphs.prepare_one("first token", self._first)
+            fills = [(f"fill {level}", horizons[-1], self._fill(level)) for level in range(self.plan.tiers)]
+            works += [*fills, ("first token", horizons[-1], self._first)]
+        count = 0
+        for done, (name, rows, work) in enumerate(works):
+            if progress is not None:
+                progress(done, len(works))
+            count += self._graphs.prepare(name, rows, work)
+        if progress is not None:
+            progress(len(works), len(works))
         return count
 
     def restart(self, end: int, clock: Clock) -> None:
         """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
+        self._clock = clock
         self._reader.restart(end)
         self._rounds.restart(clock)
 
@@ -121,29 +139,38 @@ class Engine:
 
     def run(self, known_end: int) -> None:
         """`launch` of a round that nobody will read."""
-        self._call("round", known_end, self._round)
+        if self._graphs is not None:
+            self._call("round", known_end, self._round)
+        else:  # which may be under host control, where rounds have no fixed sections
+            self._rounds.outer_round(known_end)
+            self._reader.gather()
 
     def read(self) -> Snapshot:
         """The oldest round that was not read; waits for it."""
         return self._reader.take()
 
-    def _call(self, name: str, known_end: int, work: Callable[[int], None]) -> None:
+    def _call(self, name: str, known_end: int, work: Work) -> None:
         """Some work on the device, captured where there are graphs."""
         if self._graphs is not None:
-            self._graphs.run(name, known_end, work)
+            self._graphs.run(name, known_end, work, self._clock)
         else:
-            work(known_end)
+            for section in work(known_end):
+                section.run()
 
-    def _fill(self, level: int) -> Callable[[int], None]:
+    def _fill(self, level: int) -> Work:
+        fillers, name = self._fillers, f"fill of {self.tiers[level].name!r}"
+        assert fillers is not None
+        return lambda known_end: [Section(name, level, lambda: fillers.fill(level))]
+
+    def _first(self, known_end: int) -> Sequence[Section]:
         assert self._fillers is not None
-        fill = self._fillers.fill
-        return lambda known_end: fill(level)
+        last = self.plan.tiers - 1
+        name = f"first token of {self.tiers[last].name!r}"
+        return [Section(name, last, self._fillers.first), self._report]
 
-    def _first(self, known_end: int) -> None:
-        assert self._fillers is not None
-        self._fillers.first()
-        self._reader.gather()
+    def _round(self, known_end: int) -> Sequence[Section]:
+        return [*self._rounds.sections(known_end), self._report]
 
-    def _round(self, known_end: int) -> None:
-        self._rounds.outer_round(known_end)
-        self._reader.gather()
+    @property
+    def _report(self) -> Section:
+        return Section("report", None, self._reader.gather)

@@ -101,8 +101,8 @@ class Generation:
         return [[0] * len(COUNTERS) for _ in self._tiers]
 
     def seconds(self) -> list[float | None]:
-        """Per tier, spent in its forwards; None where captured rounds hide it."""
-        return [None] * self._plan.tiers if self._engine.captured else list(self._clock.seconds())
+        """Per tier, spent in its forwards (in its steps, where those are graphs); None where one graph hides it."""
+        return list(self._clock.seconds()) if self._engine.timed else [None] * self._plan.tiers
 
     def survived(self) -> list[int]:
         """Per tier, the tokens it put there among those committed after the prompt's first."""

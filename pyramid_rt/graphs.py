@@ -1,16 +1,22 @@
-"""Outer rounds captured as CUDA graphs: one per plan and bound of the cache, all in one memory pool."""
+"""Works on the device captured as CUDA graphs, per plan and bound of the cache, all in one memory pool.
+
+An outer round is one graph, or stepwise a graph for the burst and one for each tier's verify, which are repeated
+as often as the round has them: then every step can be timed, at the price of a launch from the host for each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyramid_rt.errors import GraphCaptureError
-from pyramid_rt.recursion import Rounds
+from pyramid_rt.recursion import Clock, Rounds, Section
 from pyramid_rt.state import MAX_WINDOW, Plan, State
 
 # A graph looks at one number of cache rows; a short text takes the first of these that holds it.
@@ -18,7 +24,8 @@ _SMALLEST_HORIZON = 512
 _WARM_UP_RUNS = 2
 
 Step = Callable[[], None]
-Work = Callable[[int], None]
+# The parts of a work on cache rows that hold a text up to this end, in order.
+Work = Callable[[int], Sequence[Section]]
 
 
 class Recorder(Protocol):
@@ -90,16 +97,12 @@ def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int)
             value.copy_(old)
 
 
-class _Whereabouts:
-    """A clock that measures nothing and remembers which tier's forward came last."""
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured part of a work; `level` is the tier it is timed for, None for none."""
 
-    def __init__(self) -> None:
-        self.level: int | None = None
-
-    @contextmanager
-    def measure(self, level: int) -> Iterator[None]:
-        self.level = level
-        yield
+    level: int | None
+    run: Step
 
 
 class Graphs:
@@ -112,6 +115,7 @@ class Graphs:
         context: positions of the caches, slack excluded.
         names: of the tiers, for errors.
         recorder: what captures.
+        stepwise: a graph for every section of a work, instead of one for all.
     """
 
     def __init__(
@@ -123,39 +127,43 @@ class Graphs:
         context: int,
         names: tuple[str, ...],
         recorder: Recorder,
+        *,
+        stepwise: bool = False,
     ) -> None:
         self._rounds, self._context = rounds, context
         self._state, self._others, self._plan = state, others, plan
         self._names, self._recorder = names, recorder
-        self._captured: dict[tuple[str, int], Step] = {}
+        self.stepwise = stepwise
+        self._captured: dict[tuple[str, int], tuple[_Replay, ...]] = {}
 
-    def run(self, name: str, known_end: int, work: Work) -> None:
+    def run(self, name: str, known_end: int, work: Work, clock: Clock | None = None) -> None:
         """Repeat a work; captured first where this name and bound have not come up yet.
 
         Args:
             name: of the work, for errors too.
             known_end: an upper bound of the text's end; decides how many cache rows the work looks at.
-            work: what to capture, given a `known_end` as `Rounds.outer_round` takes it.
+            work: what to capture.
+            clock: times the sections that are a tier's, where they are graphs of their own.
         """
-        self._prepare(name, self.horizon(known_end), work)
-        self._captured[name, self.horizon(known_end)]()
+        horizon = self.horizon(known_end)
+        self.prepare(name, horizon, work)
+        for replay in self._captured[name, horizon]:
+            timed = clock is not None and replay.level is not None
+            with clock.measure(replay.level) if timed else nullcontext():  # type: ignore[union-attr, arg-type]
+                replay.run()
 
-    def prepare(self, name: str, work: Work) -> int:
-        """Capture a work for every bound that can come up; how many were new."""
+    def horizons(self) -> list[int]:
+        """All that can come up, ascending; the last is the whole cache."""
         ends = (*range(0, self._context, _SMALLEST_HORIZON // 2), self._context)
-        return sum(
-            self._prepare(name, horizon, work) for horizon in sorted({self.horizon(end) for end in ends})
-        )
+        return sorted({self.horizon(end) for end in ends})
 
-    def prepare_one(self, name: str, work: Work) -> int:
-        """Capture a work that always looks at the whole cache; how many were new."""
-        return int(self._prepare(name, self.horizon(self._context), work))
-
-    def _prepare(self, name: str, horizon: int, work: Work) -> bool:
+    def prepare(self, name: str, horizon: int, work: Work) -> int:
+        """Capture a work for this many cache rows, unless that was done; how many graphs were new."""
         if (name, horizon) in self._captured:
-            return False
-        self._captured[name, horizon] = self._capture(name, horizon, work)
-        return True
+            return 0
+        replays = self._capture(name, horizon, work)
+        self._captured[name, horizon] = replays
+        return len({id(replay) for replay in replays})
 
     def horizon(self, known_end: int) -> int:
         """Cache rows that a graph for this end looks at: a power of two, or all there are."""
@@ -163,16 +171,30 @@ class Graphs:
         rows = max(_SMALLEST_HORIZON, 1 << (needed - 1).bit_length())
         return min(rows, self._context + MAX_WINDOW)
 
-    def _capture(self, name: str, horizon: int, work: Work) -> Step:
-        known_end = horizon - self._plan.longest_commit - MAX_WINDOW
-        kept, whereabouts = self._rounds.clock, _Whereabouts()
-        self._rounds.clock = whereabouts
+    def _capture(self, name: str, horizon: int, work: Work) -> tuple[_Replay, ...]:
+        """Parts that are captured separately run once after it: a part finds what those before it leave."""
+        kept, self._rounds.clock = self._rounds.clock, None
+        where = "before its first step"
+        made: dict[str, _Replay] = {}
         try:
+            sections = work(horizon - self._plan.longest_commit - MAX_WINDOW)
+
+            def run(parts: Sequence[Section]) -> None:
+                nonlocal where
+                for section in parts:
+                    where = f"in the {section.name}"
+                    section.run()
+
             with parked(self._rounds, self._state, self._others, self._context):
-                return self._recorder.capture(lambda: work(known_end))
+                if not self.stepwise:
+                    return (_Replay(None, self._recorder.capture(lambda: run(sections))),)
+                for section in sections:
+                    if section.name not in made:
+                        step = self._recorder.capture(partial(run, (section,)))
+                        made[section.name] = _Replay(section.level, step)
+                        step()
+            return tuple(made[section.name] for section in sections)
         except Exception as error:
-            level = whereabouts.level
-            where = "before the first forward" if level is None else f"at tier {self._names[level]!r}"
             raise GraphCaptureError(
                 f"capturing '{name}' of {'/'.join(self._names)} for {horizon} cache rows failed {where}: "
                 f"{error}; graphs=False runs the same rounds without capture"

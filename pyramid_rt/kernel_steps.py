@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from pyramid_rt.kernels import decision, sample, thresholds
 from pyramid_rt.kernels.board import END, Board, base_at, cached_at
 from pyramid_rt.kernels.common import WINDOW
-from pyramid_rt.recursion import Clock, Recursion, horizon
+from pyramid_rt.recursion import Clock, Recursion, Section, burst_name, horizon, verify_name
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import DeviceForward, DeviceTier, Runnable
@@ -36,10 +37,12 @@ class Stage:
     """Launches that belong together.
 
     Attributes:
+        section: the name of the part of a round that they belong to.
         level: the tier whose forward pass they are; None for decisions.
         launches: in order.
     """
 
+    section: str
     level: int | None
     launches: tuple[Runnable, ...]
 
@@ -53,6 +56,8 @@ class KernelSteps:
         self.tiers, self.plan, self.board = tiers, plan, board
         self.vocab_size, self.kv_bound = vocab_size, kv_bound
         self.processed = processed_tiers(plan)
+        self.names = [tier.name for tier in tiers]
+        self.section = ""
         self.stages: list[Stage] = []
 
     def begin(self, known_end: int | None) -> KernelRound:
@@ -66,6 +71,7 @@ class KernelSteps:
     def sample(self, opened: KernelRound) -> None:
         """Tier 0 draws its tokens, one forward pass each."""
         plan, board = self.plan, self.board
+        self.section = burst_name(self.names)
         for step in range(plan.burst):
             width = plan.window(0) if step == 0 else 1
             self.forward(0, board.word(END), width, 1)
@@ -78,6 +84,7 @@ class KernelSteps:
     def verify(self, opened: KernelRound) -> None:
         """A forward pass over the proposal, and the decision."""
         plan, board, level = self.plan, self.board, opened.level
+        self.section = verify_name(self.names, level)
         rule, count = plan.rules[level - 1], plan.longest[level - 1] + 1
         self.forward(level, board.word(base_at(plan.tiers, level - 1)), plan.window(level), count)
         stored = plan.filters or self.processed[level]
@@ -103,15 +110,15 @@ class KernelSteps:
 
     def fill(self, level: int, start: Tensor) -> None:
         """Write down a pass of 64 tokens from `start` on that leaves nothing but keys and values."""
-        request = self.request(level, start, start, WINDOW, 0, self.kv_bound)
-        self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
+        self.section = f"fill of {self.names[level]!r}"
+        self.run_tier(self.request(level, start, start, WINDOW, 0, self.kv_bound), level)
 
     def first(self, start: Tensor) -> None:
         """Write down the end of the target's prefill, in a window of 64 that may reach past the prompt."""
         level, board, filters = self.plan.tiers - 1, self.board, self.plan.filters
+        self.section = f"first token of {self.names[level]!r}"
         self.decide(sample.plan_begin(board))
-        request = self.request(level, start, board.word(END), WINDOW, 1, self.kv_bound)
-        self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
+        self.run_tier(self.request(level, start, board.word(END), WINDOW, 1, self.kv_bound), level)
         if filters:
             self.decide(thresholds.plan(board, level, 1, draw=True, filters=True))
         self.decide(sample.plan(board, level, first=True, stored=filters))
@@ -119,8 +126,7 @@ class KernelSteps:
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on."""
         start = self.board.word(cached_at(level))
-        request = self.request(level, start, decided, width, count, self.kv_bound)
-        self.stages.append(Stage(level, tuple(self.tiers[level].device_forward(request))))
+        self.run_tier(self.request(level, start, decided, width, count, self.kv_bound), level)
 
     def request(
         self, level: int, start: Tensor, decided: Tensor, width: int, count: int, kv_bound: int
@@ -142,9 +148,13 @@ class KernelSteps:
             kv_bound=kv_bound,
         )
 
+    def run_tier(self, request: DeviceForward, level: int) -> None:
+        """Write down the launches of a forward pass."""
+        self.stages.append(Stage(self.section, level, tuple(self.tiers[level].device_forward(request))))
+
     def decide(self, launch: Runnable) -> None:
         """Write down a launch that is no forward pass."""
-        self.stages.append(Stage(None, (launch,)))
+        self.stages.append(Stage(self.section, None, (launch,)))
 
 
 class KernelRounds:
@@ -224,8 +234,20 @@ class KernelRounds:
 
     def outer_round(self, known_end: int | None = None) -> None:
         """See `Rounds`."""
-        bound = self.capacity if known_end is None else horizon(known_end, self.plan, self.capacity)
-        self._run(self.stages(bound))
+        self._run(self.stages(self._bound(known_end)))
+
+    def sections(self, known_end: int) -> Sequence[Section]:
+        """See `Rounds`."""
+        parts = groupby(self.stages(self._bound(known_end)), key=lambda stage: stage.section)
+        return [self._section(tuple(stages)) for _, stages in parts]
+
+    def _bound(self, known_end: int | None) -> int:
+        return self.capacity if known_end is None else horizon(known_end, self.plan, self.capacity)
+
+    def _section(self, stages: Sequence[Stage]) -> Section:
+        """Stages of one section."""
+        level = next((stage.level for stage in stages if stage.level is not None), None)
+        return Section(stages[0].section, level, lambda: self._run(stages))
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
         """See `Rounds`; `window` must be that part of the token buffer, of up to 64 tokens.

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -29,6 +29,7 @@ from pyramid_rt.tiers import Tier
 from pyramid_rt.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+GraphKind = Literal["round", "step"]
 CHAIN = "chain"
 _ENGINES_KEPT = 8
 
@@ -63,7 +64,8 @@ class Pyramid:
         prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
             that grows) is not processed again from its start.
         graphs: run outer rounds as CUDA graphs, captured at first use or by `prepare`; by default wherever the
-            device is CUDA and controls itself.
+            device is CUDA and controls itself. True or "round": a round is one graph. "step": the burst and each
+            tier's verify are graphs, so that `stats` has the seconds of every tier; slower by a launch for each.
         recorder: what captures; by default CUDA's. For tests.
 
     Raises:
@@ -82,7 +84,7 @@ class Pyramid:
         control: str | None = None,
         plan: MemoryPlan | None = None,
         prefix_reuse: bool = True,
-        graphs: bool | None = None,
+        graphs: bool | GraphKind | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         if not tiers:
@@ -108,6 +110,7 @@ class Pyramid:
         self._gate = Gate()
         self.prefix_reuse = prefix_reuse
         self._recorder = self._choose_recorder(graphs, recorder)
+        self._stepwise = graphs == "step"
         self._kept: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
 
     @property
@@ -190,7 +193,9 @@ class Pyramid:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prepare(self, **options: Unpack[Options]) -> int:
+    def prepare(
+        self, *, progress: Callable[[int, int], None] | None = None, **options: Unpack[Options]
+    ) -> int:
         """Take the buffers and capture the graphs that calls with these options will use, ahead of the first.
 
         A combination of method, lengths, kinds of rules and divergences, filters on or off and logprobs is
@@ -198,6 +203,7 @@ class Pyramid:
         Without graphs only the buffers are taken.
 
         Args:
+            progress: called with (works captured, works in all), before the first and after each.
             options: as of `generate`; those that play no part are ignored.
 
         Returns: how many graphs were captured; 0 where all were there.
@@ -211,23 +217,25 @@ class Pyramid:
         try:
             engine = self._engine(tiers, plan)
             with torch.inference_mode():
-                return engine.prepare()
+                return engine.prepare(progress)
         finally:
             self._gate.leave()
 
     # From the call to checked work
 
-    def _choose_recorder(self, graphs: bool | None, recorder: Recorder | None) -> Recorder | None:
+    def _choose_recorder(self, graphs: bool | GraphKind | None, recorder: Recorder | None) -> Recorder | None:
+        if graphs not in (None, False, True, "round", "step"):
+            raise InputError(f"graphs must be True, False, 'round' or 'step', found {graphs!r}")
         if graphs is None:
             graphs = recorder is not None or (self.device.type == "cuda" and self.control == "device")
         if not graphs:
             return None
         if self.control == "host":
             raise InputError(
-                "graphs=True needs control='device': under host control rounds have no fixed shape"
+                f"graphs={graphs!r} needs control='device': under host control rounds have no fixed shape"
             )
         if recorder is None and self.device.type != "cuda":
-            raise InputError(f"graphs=True needs a CUDA device, found {str(self.device)!r}")
+            raise InputError(f"graphs={graphs!r} needs a CUDA device, found {str(self.device)!r}")
         return recorder or CudaRecorder(self.device)
 
     def _chosen(
@@ -306,7 +314,15 @@ class Pyramid:
             while len(self._kept) >= _ENGINES_KEPT:
                 self._kept.popitem(last=False)
             plan = replace(plan, rules=rules)
-            self._kept[key] = Engine(tiers, plan, self.vocab_size, self.max_seq, self.device, self._recorder)
+            self._kept[key] = Engine(
+                tiers,
+                plan,
+                self.vocab_size,
+                self.max_seq,
+                self.device,
+                self._recorder,
+                stepwise=self._stepwise,
+            )
         self._kept.move_to_end(key)
         return self._kept[key]
 

@@ -5,8 +5,9 @@ What a step does is the business of a `Steps`: `torch_steps` computes, `kernel_s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -52,6 +53,21 @@ class Steps(Protocol[R]):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of some work on the device that can be run, captured and timed by itself.
+
+    Attributes:
+        name: sections of a work that have one name do the same, on what they find on the device.
+        level: the tier whose forward passes it holds; None where it holds none.
+        run: does it; reads no device value on the host.
+    """
+
+    name: str
+    level: int | None
+    run: Callable[[], None]
+
+
 class Rounds(Protocol):
     """Outer rounds on a state, however they are run.
 
@@ -85,6 +101,10 @@ class Rounds(Protocol):
             known_end: host knowledge of `state.end`, or an upper bound of it; limits the cache rows that device
                 control looks at. None looks at all of them.
         """
+        ...
+
+    def sections(self, known_end: int) -> Sequence[Section]:
+        """What `outer_round` does under device control, in parts that are run in this order: bursts, verifies."""
         ...
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
@@ -122,6 +142,69 @@ class Recursion(Generic[R]):
                 self._round(inner)
         if below >= 0:
             self.steps.verify(opened)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A round in a script, which `Script` keeps by its level."""
+
+    level: int
+
+
+class Script(Generic[R]):
+    """Steps that are written down instead of taken: `sections` takes those of `steps` later.
+
+    A round under device control is the same list of steps whatever happens in it. What a step opens is kept for
+    the steps after it, by level: no two rounds are open at one.
+
+    Args:
+        steps: of device control. names: of the tiers, small to large.
+    """
+
+    def __init__(self, steps: Steps[R], names: Sequence[str]) -> None:
+        self._steps, self._names = steps, names
+        self._opened: dict[int, R] = {}
+        self.sections: list[Section] = []
+
+    def begin(self, known_end: int | None) -> _Opened:
+        """See `Steps`."""
+        top = len(self._names) - 1
+        self._write("start", None, lambda: self._keep(top, self._steps.begin(known_end)))
+        return _Opened(top)
+
+    def inner(self, outer: _Opened) -> _Opened:
+        """See `Steps`."""
+        above, level = outer.level, outer.level - 1
+        name = f"start of a round of {self._names[level]!r}"
+        self._write(name, None, lambda: self._keep(level, self._steps.inner(self._opened[above])))
+        return _Opened(level)
+
+    def sample(self, opened: _Opened) -> None:
+        """See `Steps`."""
+        at = opened.level
+        self._write(burst_name(self._names), 0, lambda: self._steps.sample(self._opened[at]))
+
+    def verify(self, opened: _Opened) -> None:
+        """See `Steps`."""
+        at = opened.level
+        self._write(verify_name(self._names, at), at, lambda: self._steps.verify(self._opened[at]))
+
+    def _write(self, name: str, level: int | None, run: Callable[[], None]) -> None:
+        self.sections.append(Section(name, level, run))
+
+    def _keep(self, level: int, opened: R | None) -> None:
+        assert opened is not None, "under device control every round is opened"
+        self._opened[level] = opened
+
+
+def burst_name(names: Sequence[str]) -> str:
+    """The section in which the lowest tier draws tokens."""
+    return f"burst of {names[0]!r}"
+
+
+def verify_name(names: Sequence[str], level: int) -> str:
+    """The section in which a tier judges a proposal."""
+    return f"verify of {names[level]!r}"
 
 
 def horizon(known_end: int, plan: Plan, capacity: int) -> int:

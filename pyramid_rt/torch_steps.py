@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.kernels import sampling_reference as ops
-from pyramid_rt.recursion import Clock, Recursion, horizon
+from pyramid_rt.recursion import Clock, Recursion, Script, Section, horizon
 from pyramid_rt.rules import Evidence, Fuzzy, Rule, Verdict
 from pyramid_rt.state import COLUMN, MAX_WINDOW, NO_POSITION, Plan, State
 from pyramid_rt.tiers import Tier
@@ -400,6 +400,12 @@ class TorchRounds:
     def outer_round(self, known_end: int | None = None) -> None:
         """See `Rounds`."""
         self.recursion.outer_round(known_end)
+
+    def sections(self, known_end: int) -> Sequence[Section]:
+        """See `Rounds`."""
+        script = Script(self.steps, [tier.name for tier in self.steps.tiers])
+        Recursion(self.steps.plan, script).outer_round(known_end)
+        return script.sections
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
         """See `Rounds`."""

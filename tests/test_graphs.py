@@ -42,7 +42,7 @@ class CallRecorder:
         return replay
 
 
-def with_recorder(directory: Path) -> tuple[Pyramid, CallRecorder]:
+def with_recorder(directory: Path, kind: Any = None) -> tuple[Pyramid, CallRecorder]:
     base = pyramid_rt.load(directory, device="cpu", control="device")
     recorder = CallRecorder()
     captured = Pyramid(
@@ -51,6 +51,7 @@ def with_recorder(directory: Path) -> tuple[Pyramid, CallRecorder]:
         eos_token_ids=base.eos_token_ids,
         vocab_size=base.vocab_size,
         control="device",
+        graphs=kind,
         recorder=recorder,
     )
     return captured, recorder
@@ -66,12 +67,13 @@ def captured(tiny_dir: Path) -> tuple[Pyramid, CallRecorder]:
     return with_recorder(tiny_dir)
 
 
+@pytest.mark.parametrize("kind", ["round", "step"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("method", ["ar", "sd", "fsd", "psd_a", "psd_f", "psd"])
 def test_tokens_are_those_of_eager_rounds(
-    eager: Pyramid, captured: tuple[Pyramid, CallRecorder], method: str, temperature: float
+    eager: Pyramid, tiny_dir: Path, method: str, temperature: float, kind: str
 ) -> None:
-    rt, recorder = captured
+    rt, recorder = with_recorder(tiny_dir, kind)
     assert rt.graphs
     options = {**SPEC, "method": method, "temperature": temperature, "seed": 3}
     text: str = TEXT
@@ -79,9 +81,11 @@ def test_tokens_are_those_of_eager_rounds(
         ours, theirs = rt.generate(text, **options), eager.generate(text, **options)
         assert ours.tokens == theirs.tokens
         assert [t.accepted for t in ours.stats.tiers] == [t.accepted for t in theirs.stats.tiers]
-        assert [t.seconds for t in ours.stats.tiers] == [None] * len(ours.stats.tiers)
+        timed = [t.seconds is not None and t.seconds > 0 for t in ours.stats.tiers]
+        assert timed == [kind == "step"] * len(ours.stats.tiers)
         text += ours.text
-    assert recorder.captures == 1
+    # The steps: start, burst, report; with two tiers a verify, with three another and the start of inner rounds.
+    assert recorder.captures == (1 if kind == "round" else {1: 3, 2: 4, 3: 6}[len(timed)])
     assert recorder.replays >= ours.stats.tiers[-1].forwards
 
 
@@ -106,10 +110,16 @@ def test_a_combination_is_captured_once(captured: tuple[Pyramid, CallRecorder]) 
     assert recorder.captures == made + 4
 
 
-def test_prepare_captures_every_length_of_text(tiny_dir: Path) -> None:
-    rt, recorder = with_recorder(tiny_dir)
-    rt.prepare(**SPEC, method="sd")
+@pytest.mark.parametrize("kind", ["round", "step"])
+def test_prepare_captures_every_length_of_text(tiny_dir: Path, kind: str) -> None:
+    rt, recorder = with_recorder(tiny_dir, kind)
+    told: list[tuple[int, int]] = []
+    assert (
+        rt.prepare(**SPEC, method="sd", progress=lambda *amounts: told.append(amounts)) == recorder.captures
+    )
     made = recorder.captures
+    works = made // (1 if kind == "round" else 4)
+    assert told == [(done, works) for done in range(works + 1)]
     rt.generate(list(range(200)), **{**SPEC, "method": "sd", "max_new_tokens": 80})
     rt.generate([1], **{**SPEC, "method": "sd"})
     assert recorder.captures == made
@@ -153,7 +163,9 @@ def test_a_failed_capture_says_where_and_loses_nothing(
             return original(tokens, start, rows, bound)
 
         patch.setattr(tier, "forward", reading)
-        with pytest.raises(GraphCaptureError, match=r"tier 'qualifier'.*reads a device value.*graphs=False"):
+        with pytest.raises(
+            GraphCaptureError, match=r"in the verify of 'qualifier': .*reads a device value.*graphs=False"
+        ):
             rt.generate(TEXT, **options)
         with pytest.raises(GraphCaptureError, match=r"draft/qualifier/target for \d+ cache rows"):
             rt.prepare(**options)
@@ -176,7 +188,9 @@ def test_non_finite_logits_are_named_from_a_graph(captured: tuple[Pyramid, CallR
 def test_graphs_that_cannot_be_are_refused(tiny_dir: Path) -> None:
     with pytest.raises(InputError, match="graphs=True needs a CUDA device, found 'cpu'"):
         pyramid_rt.load(tiny_dir, device="cpu", control="device", graphs=True)
-    with pytest.raises(InputError, match="graphs=True needs control='device'"):
-        pyramid_rt.load(tiny_dir, device="cpu", graphs=True)
+    with pytest.raises(InputError, match="graphs='step' needs control='device'"):
+        pyramid_rt.load(tiny_dir, device="cpu", graphs="step")
+    with pytest.raises(InputError, match="graphs must be True, False, 'round' or 'step', found 'steps'"):
+        pyramid_rt.load(tiny_dir, device="cpu", control="device", graphs="steps")  # type: ignore[arg-type]
     assert not pyramid_rt.load(tiny_dir, device="cpu").graphs
     assert pyramid_rt.load(tiny_dir, device="cpu").prepare(method="sd") == 0

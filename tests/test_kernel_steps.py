@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -279,6 +280,38 @@ def test_a_round_of_kernels_calls_nothing_of_torch_and_reads_nothing():
                 tensors = [a for a in launch.args if isinstance(a, Tensor)]
                 # Only the board's own buffers, so nothing is allocated and every pointer stays.
                 assert {t.data_ptr() for t in tensors} <= pointers
+
+
+def test_sections_of_one_name_are_the_same_launches():
+    """So a graph of each, repeated, is a round."""
+    plan = Plan((Match(), Match()), (2, 3), 3, False, True, False)
+    _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
+    assert isinstance(rounds, KernelRounds)
+    written: list[tuple[str, list[Any]]] = []
+    for stage in rounds.stages(MAX_SEQ):
+        if not written or written[-1][0] != stage.section:
+            written.append((stage.section, []))
+        written[-1][1].extend(contents(launch) for launch in stage.launches)
+    sections = rounds.sections(MAX_SEQ)
+    inner = ["burst of 't0'", "verify of 't1'"]
+    assert [name for name, _ in written] == [section.name for section in sections]
+    assert [section.name for section in sections] == [*inner * 3, "verify of 't2'"]
+    assert [section.level for section in sections] == [0, 1] * 3 + [2]
+    by_name: dict[str, list[Any]] = {}
+    for name, launches_of in written:
+        assert by_name.setdefault(name, launches_of) == launches_of
+    assert len({str(launches_of) for launches_of in by_name.values()}) == 3
+
+
+def contents(value: Any) -> Any:
+    """What a launch does, in comparable form."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape
+    if isinstance(value, tuple):
+        return [contents(item) for item in value]
+    if is_dataclass(value):
+        return [contents(getattr(value, field.name)) for field in fields(value)]
+    return repr(value)
 
 
 def vars_of(state: State) -> list[Tensor]:

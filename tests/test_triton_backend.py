@@ -387,7 +387,8 @@ class CallRecorder:
         return work
 
 
-def test_captured_launches_write_the_same_text(micro_dir: Path) -> None:
+@pytest.mark.parametrize(("kind", "graphs"), [("round", 4), ("step", 7)])
+def test_captured_launches_write_the_same_text(micro_dir: Path, kind: Any, graphs: int) -> None:
     """Prompt windows, the first token and rounds, each captured once, in a parked state that leaves no trace."""
     options: dict[str, Any] = {
         "max_new_tokens": 6,
@@ -406,12 +407,14 @@ def test_captured_launches_write_the_same_text(micro_dir: Path) -> None:
             tokenizer=loaded.tokenizer,
             recorder=recorder,
             control="device",
+            graphs=kind,
         )
         result = pyramid.generate(PROMPT, **options)
-        # The target's fill, its first token, the draft's fill and the round.
-        assert recorder.names == 4
+        # The target's fill, its first token, the draft's fill and the round; or stepwise the first token with its
+        # report, and of the round the burst, the verify and the report.
+        assert recorder.names == graphs
         again = pyramid.generate(PROMPT, **options)
-        assert recorder.names == 4
+        assert recorder.names == graphs
     assert result.tokens == again.tokens == expected
     assert again.stats.reused_tokens == len(PROMPT) - 1
 
