@@ -42,7 +42,7 @@ from pyramid_rt.model_tier import ModelTier
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.pyramid import Pyramid
+from pyramid_rt.pyramid import GraphKind, Pyramid
 
 TINY = tuple(
     Shape(name, 64, 96, layers, 2, 1, 64, 515)
@@ -54,6 +54,7 @@ PROMPTS = (
     "class Stack:\n    def __init__(self):\n",
     "import os\nimport sys\n\n\ndef main(argv=None):\n",
 )
+KINDS: dict[str, bool | GraphKind] = {"eager": False, "graphs": "round", "steps": "step"}
 GOALS = {"host_us": 30.0, "idle": 0.02}
 CONTEXT = 1024
 
@@ -131,6 +132,8 @@ def measure_rounds(
 
     `device_us` is a round's time when rounds follow each other without the host reading any; `wall_us` is what
     it takes when the host reads each, as `generate` does; their difference is time the device stands idle.
+    `ended_us` is the time of a round after the text's end, in which every launch of kernels returns at once.
+    `tiers_us` is a round's time in each tier's steps, where those are timed.
     """
     device = pyramid.device
     engine, generation = started(pyramid, options, prompt)
@@ -152,23 +155,35 @@ def measure_rounds(
             begin = time.perf_counter()
             engine.run(len(prompt) + 64)
             host.append(time.perf_counter() - begin)
+        engine.state.ended.fill_(True)
+        engine.run(len(prompt) + 64)  # its last decision finds that nothing more is due
+        ended = watch.seconds(blind) / rounds
     engine, generation = started(pyramid, options, prompt)
+    spent = generation.seconds()
     begin = time.perf_counter()
     commits = 0
     while commits < rounds and not generation.finished:
         generation.advance()
         commits += 1
     wall = (time.perf_counter() - begin) / max(commits, 1)
+    tiers = [
+        None if before is None or now is None else 1e6 * (now - before) / max(commits, 1)
+        for before, now in zip(spent, generation.seconds(), strict=True)
+    ]
     generation.close()
+    launches = engine.launches()
     return {
         "method": options["method"],
         "rounds": rounds,
-        "launches": engine.launches(),
+        "launches": launches,
         "allocations_in_a_round": made,
         "host_us": 1e6 * statistics.median(host),
         "device_us": 1e6 * busy,
         "wall_us": 1e6 * wall,
         "idle": max(0.0, 1.0 - busy / wall),
+        "ended_us": 1e6 * ended,
+        "ended_launch_us": None if launches is None else 1e6 * ended / launches,
+        "tiers_us": tiers,
     }
 
 
@@ -215,9 +230,8 @@ def measure_random(
     context = min(CONTEXT, max_seq - 450)
     prompt = torch.randint(0, shapes[-1].vocab, (context,), generator=generator).tolist()
     outputs: dict[str, list[int]] = {}
-    for graphs in (False, True) if device.type == "cuda" else (False,):
+    for kind, graphs in KINDS.items() if device.type == "cuda" else [("eager", False)]:
         pyramid = Pyramid(tiers, control="device", prefix_reuse=False, graphs=graphs)
-        kind = "graphs" if graphs else "eager"
         if not graphs:
             params = SamplingParams.build(options["psd"])
             plan = plan_memory(
@@ -250,7 +264,7 @@ def measure_random(
             say(
                 f"{backend} {kind} {method}: {row['launches'] or '?'} launches, host {row['host_us']:.0f} us, device "
                 f"{row['device_us']:.0f} us, wall {row['wall_us']:.0f} us, idle {row['idle']:.1%}, "
-                f"{row['allocations_in_a_round']} allocations"
+                f"{row['allocations_in_a_round']} allocations, {row['ended_us']:.0f} us after the end"
             )
             short = {**chosen, "max_new_tokens": 48}
             outputs[f"{kind} {method}"] = pyramid.generate(prompt, **short).tokens

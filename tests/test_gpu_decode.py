@@ -33,6 +33,11 @@ def test_the_whole_flow_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert content["left_out"] == content["wrong"] == []
     rounds = content["sections"]["rounds, torch"]
     assert [row["method"] for row in rounds["rounds"]] == ["ar", "sd", "psd"]
+    for row in rounds["rounds"]:
+        assert row["ended_us"] > 0
+        assert row["ended_launch_us"] is None  # torch decides on the launches
+        assert len(row["tiers_us"]) == {"ar": 1, "sd": 2, "psd": 3}[row["method"]]
+        assert all(0 < time < row["wall_us"] for time in row["tiers_us"])
     assert all(rounds["equal"].values())
     assert len(rounds["equal"]) == 3
     assert list(rounds["first_token_ms"]) == ["16", "70"]
