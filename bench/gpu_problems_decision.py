@@ -179,8 +179,7 @@ class Verify(_OnBoard):
         parts = {"distance": board.distance[m:]}
         for name in ("normaliser", "cut"):
             parts[name] = getattr(board, name)[self.level, length:]
-            # `thresholds` also takes the lower tier's row after the proposal, where the launch has room for it.
-            parts[f"{name} below"] = getattr(board, name)[0, length:]
+            parts[f"{name} below"] = getattr(board, name)[0, m:]
         return parts
 
     def verdicts(self, length: int) -> dict[str, float]:

@@ -17,8 +17,7 @@ import triton.language as tl
 from pyramid_rt.kernels.board import SCAN, Board
 from pyramid_rt.kernels.commit import commit, prefix_length
 from pyramid_rt.kernels.common import Launch, arrive, tiles
-from pyramid_rt.kernels.head import gumbel
-from pyramid_rt.kernels.noise import chosen_words, consecutive_words, uniform
+from pyramid_rt.kernels.noise import chosen_words, consecutive_words, gumbel, uniform
 from pyramid_rt.kernels.rows import power_of_two, processed_log
 
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}

@@ -217,7 +217,8 @@ def thresholds_kernel(
     step = tl.where(above, slot, slot - COUNT)
     row = decided - outer + step
     place = level.to(tl.int64) * row_count + row
-    live = (row >= 0) & (row < row_count) & (decided + step <= end)
+    # The row after a proposal is the judge's alone.
+    live = (row >= 0) & (row < row_count) & (decided + step < end + above.to(tl.int64))
     if not DRAW:
         live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
     # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.

@@ -103,6 +103,16 @@ def test_without_filters_only_the_sum_is_taken(vocab: int) -> None:
     assert board.normaliser[0, 1:].isnan().all()
 
 
+def test_a_short_proposal_leaves_the_later_rows_below_alone() -> None:
+    board = make_board(101, 3, temperature=1.4, lists=False)
+    for level in range(2):
+        put_rows(board, level, random_rows(3, 101, seed=level))
+    open_verify(board, [1])
+    thresholds.plan(board, 1, 3, draw=False, filters=False, below=True).run()
+    assert board.normaliser[0, :3].isnan().tolist() == [False, True, True]
+    assert board.normaliser[1, :3].isnan().tolist() == [False, False, True]
+
+
 def test_the_unfiltered_winner_may_fall() -> None:
     # All entries alike and top-k 1 of a row whose largest entry is not the noisy winner.
     rows = torch.zeros(1, 101)
