@@ -218,8 +218,7 @@ def thresholds_kernel(
     row = decided - outer + step
     place = level.to(tl.int64) * row_count + row
     live = (row >= 0) & (row < row_count) & (decided + step <= end)
-    if not DRAW:
-        live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
+    live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
     # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
     if live == 0:
         return
