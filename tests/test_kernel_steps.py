@@ -158,7 +158,9 @@ def test_four_tiers(rules):
     compare(rules, temperature=0.8, new_tokens=8)
 
 
-@pytest.mark.parametrize("rules", [(Fuzzy(0.1), Rejection()), (Match(), Match())], ids=str)
+@pytest.mark.parametrize(
+    "rules", [(Fuzzy(0.1), Rejection()), (Match(), Match()), (Match(), Fuzzy(0.2), Rejection())], ids=str
+)
 def test_until_enough_stand(rules):
     compare(rules, temperature=0.8, inner_rounds=None)
 
