@@ -89,6 +89,14 @@ def _floats(*shape: int) -> torch.Tensor:
     return _empty(*shape, dtype=torch.float32)
 
 
+def _live(length: int) -> torch.Tensor | None:
+    """The word that a launch is skipped by, at an address like those of `control`; none at the first length.
+
+    What serves all lengths then serves launches with a word and without.
+    """
+    return None if length == LENGTHS[0] else _ints(2)[1]
+
+
 def _projection(
     op: Op, rows: int, width: int, dtype: torch.dtype, arch: int
 ) -> tuple[ProjectionConfig, Workspace, Needs]:
@@ -125,7 +133,8 @@ def embed_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> 
 
     table, out = _empty(shape.vocab, shape.hidden, dtype=dtype), _empty(64, shape.hidden, dtype=dtype)
     for name, start in (("plain", None), ("placed", _ints())):
-        yield Variant(name, embed.plan(table, _ints(64), length, out, _sums(shape.hidden), start), Needs())
+        launch = embed.plan(table, _ints(64), length, out, _sums(shape.hidden), start, live=_live(length))
+        yield Variant(name, launch, Needs())
 
 
 def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> Iterator[Variant]:
@@ -151,6 +160,7 @@ def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> It
             cache,
             space,
             config,
+            live=_live(length),
         )
         yield Variant(name, launch, needs)
 
@@ -186,6 +196,7 @@ def attention_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int)
             kv_bound=MAX_SEQ,
             config=config,
             ancestors=ancestors,
+            live=_live(length),
         )
         yield Variant(name, launch, Needs(tensor_core=fast, arrival=True, streams=fast))
 
@@ -198,7 +209,9 @@ def project_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
     for name, width in (("out", shape.heads * shape.head_dim), ("down", shape.intermediate)):
         config, space, needs = _projection("project", shape.hidden, width, dtype, arch)
         x, weight = _empty(64, width, dtype=dtype), _empty(shape.hidden, width, dtype=dtype)
-        launch = project.plan(x, weight, None, stream, length, stream, _sums(shape.hidden), space, config)
+        launch = project.plan(
+            x, weight, None, stream, length, stream, _sums(shape.hidden), space, config, live=_live(length)
+        )
         yield Variant(name, launch, needs)
 
 
@@ -210,7 +223,9 @@ def gate_up_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
     config, space, needs = _projection("gate_up", rows, width, dtype, arch)
     x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (rows, width)))
     out = _empty(64, shape.intermediate, dtype=dtype)
-    launch = gate_up.plan(x, _sums(width), norm, 1e-5, weight, None, length, out, space, config)
+    launch = gate_up.plan(
+        x, _sums(width), norm, 1e-5, weight, None, length, out, space, config, live=_live(length)
+    )
     yield Variant("plain", launch, needs)
 
 
@@ -229,7 +244,9 @@ def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> I
     drawn = head.Noise(_ints(2), None, _floats())
     for name, rows, noise in (("plain", _ints(length), None), ("placed", place, drawn)):
         out = _floats(64, vocab)
-        launch = head.plan(x, _sums(width), norm, 1e-5, weight, rows, vocab, out, statistics, noise, config)
+        launch = head.plan(
+            x, _sums(width), norm, 1e-5, weight, rows, vocab, out, statistics, noise, config, live=_live(length)
+        )  # fmt: skip
         yield Variant(name, launch, needs)
 
 
@@ -361,7 +378,9 @@ def compile_job(job: Job) -> list[Compiled]:
             found = seen[name, launch.grid]
             wrong = gate(found, variant.needs, job.arch)
             if len({binary.hash for binary in binaries}) != 1:
-                wrong.append(f"T in {LENGTHS} does not share one binary")
+                wrong.append(
+                    f"T in {LENGTHS} does not share one binary, with a word to skip it by and without"
+                )
             kernel = Kernel(job.op, job.dtype, variant.name, shape.name)
             result.append(Compiled(kernel, name, found, variant.needs, wrong))
     return result

@@ -237,7 +237,7 @@ def after_draw(
     counters, source = [list(row) for row in before.counters], list(before.source)
     end, ended = control[END], before.ended
     outer = control[base_at(tiers, tiers - 1)]
-    live = first or control[live_at(tiers, min(1, tiers - 1))] != 0
+    live = first or control[live_at(tiers, 0)] != 0
     if live and end < control[LIMIT] and not ended:
         tokens[end], source[end - outer], control[cached_at(level)] = token, level, end
         if not first:
@@ -245,6 +245,8 @@ def after_draw(
             counters[level][6] += 1
         ended, end = stops[token], end + 1
         control[END] = end
+        if not first and tiers > 1:
+            control[live_at(tiers, 0)] = int(end < control[LIMIT] and not ended)
     if first or tiers == 1:
         mark(control, tiers, tiers - 1, end, ended)
     return Sequel(control, ended, tokens, origin, counters, source)

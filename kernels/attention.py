@@ -34,6 +34,7 @@ from pyramid_rt.kernels.common import (
     check_scalar,
     check_tensor,
     interpreted,
+    live_word,
     tiles,
 )
 
@@ -73,7 +74,8 @@ def _split_count(
 
 # length (T) and kv_bound stay run-time values without specialisation: one binary for all of them.
 @triton.jit(
-    do_not_specialize=["length", "kv_bound"], do_not_specialize_on_alignment=["start_ptr", "ancestors_ptr"]
+    do_not_specialize=["length", "kv_bound"],
+    do_not_specialize_on_alignment=["start_ptr", "ancestors_ptr", "live_ptr"],
 )
 def attention_kernel(
     q_ptr,
@@ -85,6 +87,7 @@ def attention_kernel(
     acc_ptr,
     stats_ptr,
     arrivals_ptr,
+    live_ptr,
     length,
     kv_bound,
     scale,
@@ -109,6 +112,8 @@ def attention_kernel(
     EDGE1: tl.constexpr,
 ):
     """Grid (row tiles, splits of kv_bound, KV heads). scale is log2(e) / sqrt(D)."""
+    if tl.load(live_ptr) == 0:
+        return
     tile = tl.program_id(0)
     # The longest splits come last in the sequence and first in the grid: less of a tail.
     split = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -317,6 +322,7 @@ def plan(
     kv_bound: int,
     config: AttentionConfig,
     ancestors: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> Launch:
     """Check the arguments and fix the launch.
 
@@ -331,6 +337,7 @@ def plan(
             cost and nothing else; rows from kv_bound on are not seen.
         config: how to compile; `config_for`.
         ancestors: [>= T] int64 for the tree mask, None for the chain.
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -351,7 +358,8 @@ def plan(
         splits=config.splits,
     )
     _check_space(space, sizes, q.device)
-    tensors = (q, k, v, start, ancestors, out, space.acc, space.stats, space.arrivals)
+    word = live_word(live, q.device)
+    tensors = (q, k, v, start, ancestors, out, space.acc, space.stats, space.arrivals, word)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0))
     return Launch(
         kernel=attention_kernel,
@@ -393,8 +401,9 @@ def run(
     kv_bound: int,
     config: AttentionConfig,
     ancestors: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> None:
     """`plan` and launch: writes out[:length], allocates nothing."""
     plan(
-        q, k, v, start, out, space, length=length, kv_bound=kv_bound, config=config, ancestors=ancestors
-    ).run()
+        q, k, v, start, out, space, length=length, kv_bound=kv_bound, config=config, ancestors=ancestors, live=live
+    ).run()  # fmt: skip

@@ -6,8 +6,9 @@ from is the number of a tier (`source`), not a copy of a row.
 
 All counts of a round are words of one int64 tensor, `control`: the tokens known (proposals included), the
 limit, and then for each of N tiers `cached`, `base` (where its proposal of this round begins; the target's is
-the outer round's first position), `live` (is the verify that it takes part in active) and `bad` (the first
-position whose logits cannot be decided).
+the outer round's first position), `live` (has it anything to do: is the verify that it takes part in active, and, for
+the lowest of several tiers, may its burst go on) and `bad` (the first position whose logits cannot be decided).
+A forward pass of a round runs where its tier's `live` word is not 0, and is skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def base_at(tiers: int, level: int) -> int:
 
 
 def live_at(tiers: int, level: int) -> int:
-    """Word of `control` that says whether a tier's verify is active."""
+    """Word of `control` that says whether a tier has anything to do."""
     return CACHED + 2 * tiers + level
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,6 +147,20 @@ def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.de
     if tensor.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected one element")
     check_tensor(name, tensor.view(()), (), dtype, device)
+
+
+@cache
+def always(device: torch.device) -> Tensor:
+    """[1] int64 on the device, 1: the word of launches that are never skipped. Made once, nobody writes to it."""
+    return torch.ones(1, dtype=torch.int64, device=device)
+
+
+def live_word(live: Tensor | None, device: torch.device) -> Tensor:
+    """What a launch reads to know whether it has anything to do: `live`, checked, or `always`."""
+    if live is None:
+        return always(device)
+    check_scalar("live", live, torch.int64, device)
+    return live
 
 
 def check_length(length: int) -> None:

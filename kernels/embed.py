@@ -17,13 +17,16 @@ from pyramid_rt.kernels.common import (
     Launch,
     check_length,
     check_tensor,
+    live_word,
     tiles,
     tree_sum,
 )
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["tokens_ptr", "start_ptr"])
+@triton.jit(
+    do_not_specialize=["length"], do_not_specialize_on_alignment=["tokens_ptr", "start_ptr", "live_ptr"]
+)
 def embed_kernel(
     table_ptr: tl.tensor,
     stride_table: tl.tensor,
@@ -32,11 +35,14 @@ def embed_kernel(
     stride_out: tl.tensor,
     sumsq_ptr: tl.tensor,
     start_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     length: tl.tensor,
     width: tl.tensor,
     PLACED: tl.constexpr,
 ) -> None:
     """One program: 16 rows of 64 channels."""
+    if tl.load(live_ptr) == 0:
+        return
     tile = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
     channel = tile * 64 + tl.arange(0, 64)
@@ -51,7 +57,14 @@ def embed_kernel(
 
 
 def plan(
-    table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor, start: Tensor | None = None
+    table: Tensor,
+    tokens: Tensor,
+    length: int,
+    out: Tensor,
+    sumsq: Tensor,
+    start: Tensor | None = None,
+    *,
+    live: Tensor | None = None,
 ) -> Launch:
     """The launch of an embedding gather.
 
@@ -63,6 +76,7 @@ def plan(
         sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
         start: 0-d int64, read on the device: the window is tokens[start : start + T], which the caller keeps
             inside. None: it is tokens[:T].
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -89,6 +103,7 @@ def plan(
             out.stride(0),
             sumsq,
             tokens if start is None else start,
+            live_word(live, device),
             length,
             width,
         ),
@@ -97,7 +112,14 @@ def plan(
 
 
 def run(
-    table: Tensor, tokens: Tensor, length: int, out: Tensor, sumsq: Tensor, start: Tensor | None = None
+    table: Tensor,
+    tokens: Tensor,
+    length: int,
+    out: Tensor,
+    sumsq: Tensor,
+    start: Tensor | None = None,
+    *,
+    live: Tensor | None = None,
 ) -> None:
     """Gather the window's rows; arguments as `plan`."""
-    plan(table, tokens, length, out, sumsq, start).run()
+    plan(table, tokens, length, out, sumsq, start, live=live).run()

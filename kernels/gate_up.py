@@ -23,6 +23,7 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
+    live_word,
     product,
     product_grid,
     product_options,
@@ -64,7 +65,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length", "eps"])
+@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["live_ptr"])
 def gate_up_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -78,6 +79,7 @@ def gate_up_kernel(
     stride_out: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     length: tl.tensor,
     inner: tl.tensor,
     K: tl.tensor,
@@ -93,6 +95,8 @@ def gate_up_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 channels, one split of K, 16 columns or the whole window."""
+    if tl.load(live_ptr) == 0:
+        return
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n // 2 + (n % 2) * inner, n < 2 * inner)
     product(
@@ -113,6 +117,8 @@ def plan(
     out: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> Launch:
     """The launch of a normalised gate and up projection.
 
@@ -127,6 +133,7 @@ def plan(
         out: [64, I] dtype; rows T and later are left alone.
         workspace: of at least `partial_elements(2 I, ...)` and `counter_elements(2 I, ...)`.
         config: `projection_config("gate_up", ...)`.
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -160,6 +167,7 @@ def plan(
             out.stride(0),
             workspace.partials,
             workspace.counters,
+            live_word(live, device),
             length,
             rows // 2,
             width,
@@ -183,6 +191,8 @@ def run(
     out: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> None:
     """Normalise, project and multiply; arguments as `plan`."""
-    plan(x, sumsq, norm, eps, weight, bias, length, out, workspace, config).run()
+    plan(x, sumsq, norm, eps, weight, bias, length, out, workspace, config, live=live).run()

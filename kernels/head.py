@@ -27,6 +27,7 @@ from pyramid_rt.kernels.common import (
     WINDOW,
     Launch,
     check_tensor,
+    live_word,
     product,
     product_grid,
     product_options,
@@ -174,7 +175,7 @@ def _store(
     do_not_specialize=["count", "capacity", "eps"],
     do_not_specialize_on_alignment=[
         "rows_ptr", "peak_ptr", "total_ptr", "best_ptr", "token_ptr", "seed_ptr", "positions_ptr",
-        "temperature_ptr", "start_ptr", "decided_ptr", "first_ptr",
+        "temperature_ptr", "start_ptr", "decided_ptr", "first_ptr", "live_ptr",
     ],
 )  # fmt: skip
 def head_kernel(
@@ -198,6 +199,7 @@ def head_kernel(
     start_ptr: tl.tensor,
     decided_ptr: tl.tensor,
     first_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     count: tl.tensor,
     vocab: tl.tensor,
     padded: tl.tensor,
@@ -218,6 +220,8 @@ def head_kernel(
 ) -> None:
     """One program: BLOCK_N entries of the vocabulary, 16 rows or all of them."""
     tl.static_assert(SPLITS == 1)
+    if tl.load(live_ptr) == 0:
+        return
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
@@ -243,6 +247,8 @@ def plan(
     statistics: TileStatistics,
     noise: Noise | None,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> Launch:
     """The launch of an LM head.
 
@@ -260,6 +266,7 @@ def plan(
         statistics: [M, ceil(P / block_n)]; rows that are not asked for are left alone.
         noise: of the own tokens, or None where none is wanted; a graph variant.
         config: `projection_config("head", ...)`, without splits.
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -326,6 +333,7 @@ def plan(
             scalars[1] if noise is None or noise.positions is None else noise.positions,
             out if noise is None else noise.temperature,
             *scalars,
+            live_word(live, device),
             count,
             vocab_size,
             padded,
@@ -354,6 +362,8 @@ def run(
     statistics: TileStatistics,
     noise: Noise | None,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> None:
     """Normalise and project chosen rows onto the vocabulary; arguments as `plan`."""
-    plan(x, sumsq, norm, eps, weight, rows, vocab_size, out, statistics, noise, config).run()
+    plan(x, sumsq, norm, eps, weight, rows, vocab_size, out, statistics, noise, config, live=live).run()

@@ -22,6 +22,7 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
+    live_word,
     product,
     product_grid,
     product_options,
@@ -67,7 +68,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["live_ptr"])
 def project_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -81,6 +82,7 @@ def project_kernel(
     sumsq_ptr: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     length: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -95,6 +97,8 @@ def project_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N channels, one split of K, 16 columns or the whole window."""
+    if tl.load(live_ptr) == 0:
+        return
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     epilogue = (bias_ptr, residual_ptr, stride_residual, out_ptr, stride_out, sumsq_ptr, N)
     product(
@@ -114,6 +118,8 @@ def plan(
     sumsq: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> Launch:
     """The launch of a projection onto the residual stream.
 
@@ -127,6 +133,7 @@ def plan(
         sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
         workspace: of at least `partial_elements(C, ...)` and `counter_elements(C, ...)`.
         config: `projection_config("project", ...)`; its block_n must be a multiple of 64.
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -160,6 +167,7 @@ def plan(
             sumsq,
             workspace.partials,
             workspace.counters,
+            live_word(live, device),
             length,
             channels,
             width,
@@ -178,6 +186,8 @@ def run(
     sumsq: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> None:
     """Project onto the residual stream; arguments as `plan`."""
-    plan(x, weight, bias, residual, length, out, sumsq, workspace, config).run()
+    plan(x, weight, bias, residual, length, out, sumsq, workspace, config, live=live).run()

@@ -26,6 +26,7 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     check_workspace,
+    live_word,
     product,
     product_grid,
     product_options,
@@ -93,7 +94,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["start_ptr"])
+@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["start_ptr", "live_ptr"])
 def qkv_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -114,6 +115,7 @@ def qkv_kernel(
     stride_v_row: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     length: tl.tensor,
     K: tl.tensor,
     HEADS: tl.constexpr,
@@ -131,6 +133,8 @@ def qkv_kernel(
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 rotary pairs, one split of K, 16 columns or the whole window."""
+    if tl.load(live_ptr) == 0:
+        return
     HALF: tl.constexpr = HEAD_DIM // 2
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     pair = n // 2
@@ -161,6 +165,8 @@ def plan(
     v_cache: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> Launch:
     """The launch of a normalised Q, K, V projection with rotation and cache write.
 
@@ -179,6 +185,7 @@ def plan(
         k_cache, v_cache: [KV, S, D] dtype; only rows start .. start + T - 1 are written.
         workspace: of at least `partial_elements((H + 2 KV) D, ...)` and `counter_elements(...)`.
         config: `projection_config("qkv", ...)`.
+        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -229,6 +236,7 @@ def plan(
             v_cache.stride(1),
             workspace.partials,
             workspace.counters,
+            live_word(live, device),
             length,
             width,
         ),
@@ -258,8 +266,10 @@ def run(
     v_cache: Tensor,
     workspace: Workspace,
     config: ProjectionConfig,
+    *,
+    live: Tensor | None = None,
 ) -> None:
     """Normalise, project, rotate and write; arguments as `plan`."""
     plan(
-        x, sumsq, norm, eps, weight, bias, rotary, start, length, q, k_cache, v_cache, workspace, config
-    ).run()
+        x, sumsq, norm, eps, weight, bias, rotary, start, length, q, k_cache, v_cache, workspace, config, live=live
+    ).run()  # fmt: skip

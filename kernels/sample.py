@@ -1,7 +1,8 @@
 """One token put without a verify: a step of the lowest tier's burst, or the first token after the prompt.
 
 The token is the noisy winner of the head's tiles, or, where processed distributions are wanted, what
-`thresholds` stored. Nothing is put where the round is not active, at the limit, or after a stop token.
+`thresholds` stored. Nothing is put where the round is not active, at the limit, or after a stop token; the lowest
+tier's `live` word says so to the passes of the rest of a burst.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def sample_kernel(
     ended = tl.load(ended_ptr) != 0
     go = (end < limit) & (ended == 0)
     if not FIRST:
-        go = go & (tl.load(control_ptr + 2 + 2 * N + (1 if N > 1 else 0)) != 0)
+        # The word that the tier's pass went by: without it there is no row.
+        go = go & (tl.load(control_ptr + 2 + 2 * N) != 0)
     bad = tl.load(control_ptr + 2 + 3 * N + LEVEL)
     forwards = tl.load(counters_ptr + LEVEL * 7 + 6) + 1
     if go:
@@ -70,6 +72,9 @@ def sample_kernel(
         if not FIRST:
             tl.store(origin_ptr + end, LEVEL)
             tl.store(counters_ptr + LEVEL * 7 + 6, forwards)
+            # What is left of the burst is skipped. With one tier, `mark` sees to it.
+            if N > 1:
+                tl.store(control_ptr + 2 + 2 * N, ((end + 1 < limit) & (stop == 0)).to(tl.int64))
         tl.store(control_ptr, end + 1)
         tl.store(ended_ptr, stop.to(tl.uint8))
         end += 1

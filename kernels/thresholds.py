@@ -219,8 +219,7 @@ def thresholds_kernel(
     place = level.to(tl.int64) * row_count + row
     # The row after a proposal is the judge's alone.
     live = (row >= 0) & (row < row_count) & (decided + step < end + above.to(tl.int64))
-    if not DRAW:
-        live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
+    live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
     # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
     if live == 0:
         return

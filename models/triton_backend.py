@@ -22,6 +22,7 @@ from pyramid_rt.kernels.common import (
     WINDOW,
     Launch,
     Workspace,
+    always,
     counter_elements,
     partial_elements,
     tiles,
@@ -43,12 +44,14 @@ class TritonWindow:
         length: T, 1 to 64.
         kv_bound: cache rows that attention's grid covers.
         rotary: the whole table.
+        live: 0-d int64: where it is 0, every launch of the pass returns at once. None: it always runs.
     """
 
     start: Tensor
     length: int
     kv_bound: int
     rotary: Tensor
+    live: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,8 @@ class TritonBackend:
         """
         check_shape(config)
         configs = Configs.choose(config, dtype, device)
+        # Here and not in a first pass, which may be one that a graph captures.
+        always(device)
         return cls(configs, Buffers.allocate(config, configs, max_seq + SLACK_ROWS, dtype, device))
 
     @property
@@ -198,13 +203,15 @@ class TritonBackend:
     def embed(self, table: Tensor, tokens: Tensor, window: TritonWindow) -> Tensor:
         """See `Backend`."""
         b = self.buffers
-        self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares))
+        self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares, live=window.live))
         return b.stream
 
     def embed_placed(self, table: Tensor, tokens: Tensor, window: TritonWindow) -> None:
         """`embed` of the window's part of the token buffer [max_seq + 64]."""
         b = self.buffers
-        self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares, window.start))
+        self.emit(
+            embed.plan(table, tokens, window.length, b.stream, b.squares, window.start, live=window.live)
+        )
 
     def qkv(
         self,
@@ -221,7 +228,7 @@ class TritonBackend:
         b, rotary, start, length = self.buffers, window.rotary, window.start, window.length
         launch = qkv.plan(
             x, b.squares, norm, eps, weight, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
-            self.configs.qkv,
+            self.configs.qkv, live=window.live,
         )  # fmt: skip
         self.emit(launch)
         return b.q
@@ -240,6 +247,7 @@ class TritonBackend:
                 length=window.length,
                 kv_bound=window.kv_bound,
                 config=self.configs.attention,
+                live=window.live,
             )
         )
         return b.attended
@@ -250,9 +258,10 @@ class TritonBackend:
         """See `Backend`. The result takes the place of the residual."""
         b = self.buffers
         cut = self.configs.down if x is b.inner else self.configs.out
-        self.emit(
-            project.plan(x, weight, bias, residual, window.length, residual, b.squares, b.products, cut)
+        launch = project.plan(
+            x, weight, bias, residual, window.length, residual, b.squares, b.products, cut, live=window.live
         )
+        self.emit(launch)
         return residual
 
     def gate_up(
@@ -272,6 +281,7 @@ class TritonBackend:
                 b.inner,
                 b.products,
                 self.configs.gate_up,
+                live=window.live,
             )
         )
         return b.inner
@@ -287,13 +297,19 @@ class TritonBackend:
         return b.logits[: rows.shape[0], :vocab]
 
     def head_placed(
-        self, placement: Placement, norm: Tensor, eps: float, weight: Tensor, out: HeadOutputs
+        self,
+        placement: Placement,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor,
+        out: HeadOutputs,
+        live: Tensor | None,
     ) -> None:
         """`head` of rows that the device places, with the statistics that sampling needs."""
         b, cut = self.buffers, self.configs.head
         launch = head.plan(
             b.stream, b.squares, norm, eps, weight, placement, out.vocab_size, out.rows, out.statistics,
-            out.noise, cut,
+            out.noise, cut, live=live,
         )  # fmt: skip
         self.emit(launch)
 
@@ -324,6 +340,7 @@ def plan_pass(
     kv_bound: int,
     placement: Placement | None,
     outputs: HeadOutputs,
+    live: Tensor | None = None,
 ) -> list[Launch]:
     """The launches of a pass over tokens[start : start + width] of the token buffer, none of them run.
 
@@ -338,17 +355,19 @@ def plan_pass(
         placement: which rows get logits, and where they go; its `start` is `start`. None: only the cache is
             written.
         outputs: the buffers.
+        live: 0-d int64. Where it is 0 when the list is run, its launches return at once and write nothing. None:
+            they always run.
     """
     backend = model.backend
     assert isinstance(backend, TritonBackend)
     launches: list[Launch] = []
     recorder = backend.recorded(launches)
     group = model.config.num_heads // model.config.num_kv_heads
-    window = recorder.window(model.rotary, start, width, kv_bound, group)
+    window = replace(recorder.window(model.rotary, start, width, kv_bound, group), live=live)
     recorder.embed_placed(model.embedding, tokens, window)
     run_layers(model, cache, recorder, backend.buffers.stream, window, placement is None)
     if placement is not None:
-        recorder.head_placed(placement, model.norm, model.config.rms_norm_eps, model.head, outputs)
+        recorder.head_placed(placement, model.norm, model.config.rms_norm_eps, model.head, outputs, live)
     return launches
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.kernels import decision, sample, thresholds
-from pyramid_rt.kernels.board import END, Board, base_at, cached_at
+from pyramid_rt.kernels.board import END, Board, base_at, cached_at, live_at
 from pyramid_rt.kernels.common import WINDOW
 from pyramid_rt.recursion import Clock, Recursion, Section, burst_name, horizon, verify_name
 from pyramid_rt.rules import Fuzzy, Rule
@@ -124,12 +124,19 @@ class KernelSteps:
         self.decide(sample.plan(board, level, first=True, stored=filters))
 
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
-        """Write down a forward pass of a tier from its cached length on."""
-        start = self.board.word(cached_at(level))
-        self.run_tier(self.request(level, start, decided, width, count, self.kv_bound), level)
+        """Write down a forward pass of a tier from its cached length on; skipped where its round has ended."""
+        start, live = self.board.word(cached_at(level)), self.board.word(live_at(self.plan.tiers, level))
+        self.run_tier(self.request(level, start, decided, width, count, self.kv_bound, live), level)
 
     def request(
-        self, level: int, start: Tensor, decided: Tensor, width: int, count: int, kv_bound: int
+        self,
+        level: int,
+        start: Tensor,
+        decided: Tensor,
+        width: int,
+        count: int,
+        kv_bound: int,
+        live: Tensor | None = None,
     ) -> DeviceForward:
         """A forward pass into this board's buffers."""
         board = self.board
@@ -146,6 +153,7 @@ class KernelSteps:
             seed=board.seed,
             temperature=board.temperature,
             kv_bound=kv_bound,
+            live=live,
         )
 
     def run_tier(self, request: DeviceForward, level: int) -> None:

@@ -89,6 +89,7 @@ class ModelTier:
                 request.statistics,
                 Noise(request.seed, None, request.temperature),
             ),
+            live=request.live,
         )
 
     def reset(self) -> None:

@@ -77,6 +77,8 @@ class DeviceForward:
         rows: float32 [R, P]: raw logits. statistics: [R, tiles of 64], as the LM head kernel leaves them.
         seed: int64 [2]. temperature: float32 []: of the noise in `statistics.best`; 0 turns it off.
         kv_bound: host integer: no cache row from there on is looked at.
+        live: int64 []: where it is 0, the pass changes nothing and costs no more than its launches. None: it always
+            runs.
     """
 
     tokens: Tensor
@@ -91,6 +93,7 @@ class DeviceForward:
     seed: Tensor
     temperature: Tensor
     kv_bound: int
+    live: Tensor | None = None
 
 
 class Runnable(Protocol):

@@ -52,11 +52,14 @@ def leave_rows(
 class TableForward:
     """A forward pass of a table, run when it is told to."""
 
-    tier: TableTier
+    tier: DeviceTableTier
     request: DeviceForward
 
     def run(self) -> None:
         r = self.request
+        if r.live is not None and int(r.live) == 0:
+            return
+        self.tier.passes += 1
         window = r.tokens[int(r.start) : int(r.start) + r.width]
         window = torch.nn.functional.pad(window, (0, r.width - window.shape[0]))
         assert int(r.start) + r.width <= max(r.kv_bound, int(r.start) + r.width)
@@ -69,7 +72,13 @@ class TableForward:
 
 
 class DeviceTableTier(TableTier):
-    """A table tier that takes part in rounds of kernels."""
+    """A table tier that takes part in rounds of kernels.
+
+    Attributes:
+        passes: how many were not skipped.
+    """
+
+    passes = 0
 
     def device_forward(self, request: DeviceForward) -> Sequence[Runnable]:
         return [TableForward(self, request)]

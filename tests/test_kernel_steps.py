@@ -21,7 +21,7 @@ from pyramid_rt.kernels.common import Launch
 from pyramid_rt.recursion import Rounds
 from pyramid_rt.rounds import rounds_for
 from pyramid_rt.rules import Rule
-from pyramid_rt.state import NO_POSITION, Plan, State
+from pyramid_rt.state import COLUMN, NO_POSITION, Plan, State
 from pyramid_rt.torch_steps import TorchRounds
 
 RULES = (
@@ -89,7 +89,7 @@ def compare(
     rules: Sequence[Rule], *, temperature: float, seed: int = 1, inner_rounds: int | None = 2, new_tokens: int = 9,
     filters: tuple[int, float, float] | None = None, tables: Sequence[Tensor] | None = None,
 ) -> State:  # fmt: skip
-    """Decode both ways, and one round more than there is to do."""
+    """Decode both ways, and one round more than there is to do; passes run where the torch steps count one."""
     count = len(rules) + 1
     plan = Plan(
         tuple(rules),
@@ -120,6 +120,11 @@ def compare(
         assert expected.logprob_rows is not None
         assert found.logprob_rows is not None
         assert torch.equal(expected.logprob_rows[:made], found.logprob_rows[:made])
+    assert isinstance(rounds, KernelRounds)
+    passes = [tier.passes for tier in rounds.tiers if isinstance(tier, DeviceTableTier)]
+    # Beside the rounds, the target has read the prompt.
+    passes[-1] -= 1
+    assert passes == expected.counters[:, COLUMN["forwards"]].tolist()
     return found
 
 
@@ -154,7 +159,9 @@ def test_four_tiers(rules):
     compare(rules, temperature=0.8, new_tokens=8)
 
 
-@pytest.mark.parametrize("rules", [(Fuzzy(0.1), Rejection()), (Match(), Match())], ids=str)
+@pytest.mark.parametrize(
+    "rules", [(Fuzzy(0.1), Rejection()), (Match(), Match()), (Match(), Fuzzy(0.2), Rejection())], ids=str
+)
 def test_until_enough_stand(rules):
     compare(rules, temperature=0.8, inner_rounds=None)
 

@@ -65,21 +65,32 @@ def test_the_first_token_opens_the_first_round(stored: bool) -> None:
     assert not board.counters.any()
 
 
-def test_a_stop_token_ends_the_burst() -> None:
+@pytest.mark.parametrize("tiers", [1, 2, 3])
+def test_a_stop_token_ends_the_burst(tiers: int) -> None:
     rows = random_rows(1, 101, seed=3)
-    board = drawn(rows)
+    board = drawn(rows, tiers=tiers)
     board.stop_mask[own_token(rows, board)] = True
     for _ in range(2):
         sample.plan(board, 0, first=False, stored=False).run()
         assert (control_of(board)["end"], control_of(board)["ended"]) == (BASE + 1, True)
+        # The proposal is still to be judged.
+        assert control_of(board)["live"] == [0, *[1] * (tiers - 1)]
     assert int(board.counters[0, 6]) == 1
+
+
+def test_a_burst_goes_on_where_there_is_room() -> None:
+    board = drawn(random_rows(1, 101, seed=3), limit=BASE + 2)
+    for live in ([1, 1], [0, 1]):
+        put_rows(board, 0, random_rows(1, 101, seed=4), base=int(board.control[0]))
+        sample.plan(board, 0, first=False, stored=False).run()
+        assert control_of(board)["live"] == live
 
 
 @pytest.mark.parametrize("why", ["limit", "inactive"])
 def test_nothing_is_put_at_the_limit_or_where_the_round_is_inactive(why: str) -> None:
     board = drawn(random_rows(1, 101, seed=3), limit=BASE if why == "limit" else 90)
     if why == "inactive":
-        board.control[live_at(2, 1)] = 0
+        board.control[live_at(2, 0)] = 0
     before = board.control.clone()
     sample.plan(board, 0, first=False, stored=False).run()
     assert torch.equal(board.control, before)
@@ -91,7 +102,7 @@ def test_nothing_is_put_at_the_limit_or_where_the_round_is_inactive(why: str) ->
 def test_the_end_of_plain_decoding_closes_the_round(tiers: int) -> None:
     board = drawn(random_rows(1, 101, seed=3), tiers=tiers, limit=BASE + 1)
     sample.plan(board, 0, first=False, stored=False).run()
-    assert control_of(board)["live"] == ([0] if tiers == 1 else [1, 1])
+    assert control_of(board)["live"] == ([0] if tiers == 1 else [0, 1])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -11,7 +11,7 @@ from oracle import DEVICE
 
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.kernels import thresholds
-from pyramid_rt.kernels.board import Board
+from pyramid_rt.kernels.board import Board, live_at
 
 # Values of top_k, top_p, min_p, as a request may set them together.
 FILTERS = (
@@ -144,18 +144,31 @@ def test_rows_that_cannot_be_decided(value: float) -> None:
     assert 0 <= int(board.own[1, 0]) < 101
 
 
-def test_rows_past_the_proposal_and_inactive_verifies_are_left_alone() -> None:
+def test_rows_past_the_proposal_are_left_alone() -> None:
     rows = random_rows(3, 101, seed=4)
     board = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
     open_verify(board, [5])
     thresholds.plan(board, 1, 3, draw=False, filters=True).run()
     assert (board.own[1, :2] >= 0).all()
     assert (board.own[1, 2:] < 0).all()
-    idle = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
-    idle.control[-3] = 0
-    thresholds.plan(idle, 1, 3, draw=False, filters=True).run()
-    assert (idle.own < 0).all()
-    assert not idle.arrivals.any()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_inactive_verifies_and_draws_are_left_alone(level: int) -> None:
+    rows = random_rows(3, 101, seed=4)
+    board = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
+    put_rows(board, 0, rows)
+    launch = thresholds.plan(board, level, 1, draw=level == 0, filters=True)
+    if level == 1:
+        launch = thresholds.plan(board, level, 3, draw=False, filters=True)
+    board.control[live_at(2, level)] = 0
+    launch.run()
+    assert (board.own < 0).all()
+    assert board.normaliser.isnan().all()
+    assert not board.arrivals.any()
+    board.control[live_at(2, level)] = 1
+    launch.run()
+    assert (board.own[level] >= 0).any()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pyramid_rt
 from pyramid_rt import Pyramid
 from pyramid_rt.errors import UnsupportedModelError
-from pyramid_rt.kernels.common import Launch
+from pyramid_rt.kernels.common import Launch, always
 from pyramid_rt.kernels.head import Noise, Placement, TileStatistics
 from pyramid_rt.models.backend import workspace_bytes
 from pyramid_rt.models.llama import KVCache, Llama, forward
@@ -132,7 +132,8 @@ def test_no_torch_op_and_no_allocation_inside_a_pass(directories: dict[str, Path
     with ViewsOnly(), pytest.raises(AssertionError, match="a torch op inside a pass: add"):
         tokens.add(1)
     # What kernels take are weights, the cache, the caller's tensors and the buffers of load, nothing newer.
-    held = {t.untyped_storage().data_ptr() for t in (tokens, start, rows, cache.buffer, *_tensors(model))}
+    given = (tokens, start, rows, cache.buffer, always(CPU), *_tensors(model))
+    held = {t.untyped_storage().data_ptr() for t in given}
     for launch in launches:
         for argument in launch.args:
             if isinstance(argument, torch.Tensor):
