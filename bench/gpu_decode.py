@@ -155,6 +155,8 @@ def measure_rounds(
             begin = time.perf_counter()
             engine.run(len(prompt) + 64)
             host.append(time.perf_counter() - begin)
+        if bool(engine.state.ended) or int(engine.state.end) >= int(engine.state.limit):
+            raise RuntimeError("the text ended while its rounds were timed: they cost next to nothing then")
         engine.state.ended.fill_(True)
         engine.run(len(prompt) + 64)  # its last decision finds that nothing more is due
         ended = watch.seconds(blind) / rounds
