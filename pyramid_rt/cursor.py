@@ -44,6 +44,8 @@ class Cursor:
             s = self.state
             self.end, self.limit, self.ended = int(s.end), int(s.limit), bool(s.ended)
             self.cached = [int(cached) for cached in s.cached]
+            # Here and not in `store`: a round that was interrupted counts for nothing.
+            self._counted = [[0] * len(COUNTERS) for _ in self._counted]
 
     def store(self) -> None:
         """At the end of a round: under host control the numbers go back into the state."""
@@ -55,7 +57,6 @@ class Cursor:
         for place, cached in zip(state.cached, self.cached, strict=True):
             place.fill_(cached)
         state.counters += torch.tensor(self._counted, device=state.counters.device)
-        self._counted = [[0] * len(COUNTERS) for _ in self._counted]
 
     def mark(self) -> Number:
         """The end of the text, which stays that number when the end moves."""
