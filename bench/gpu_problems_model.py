@@ -15,7 +15,7 @@ from bench.gpu_problems import EPS, ROWS, Case, Judge, Place, Source, fill
 from pyramid_rt.kernels.common import WINDOW, Launch
 from pyramid_rt.models.backend import Backend, TorchBackend, make_backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.llama import KVCache, LayerWeights, Llama, forward, weight_bytes
+from pyramid_rt.models.llama import KVCache, LayerWeights, Llama, forward
 from pyramid_rt.models.triton_backend import TritonBackend
 
 
@@ -52,7 +52,6 @@ def random_llama(config: LlamaConfig, source: Source, *, backend: str, max_seq: 
             device,
             dtype=dtype,
             max_seq=max_seq,
-            weight_bytes=weight_bytes(config, dtype),
         )
     model = Llama.empty(config, made, max_seq=max_seq, dtype=dtype, device=device)
     parts = [getattr(layer, part.name) for layer in model.layers for part in fields(LayerWeights)]
@@ -227,7 +226,6 @@ class Step:
             device,
             dtype=dtype,
             max_seq=self.max_seq,
-            weight_bytes=weight_bytes(self.config, dtype),
         )
         self.model = replace(self.model, backend=made)
 

@@ -15,36 +15,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Rows of a window -> columns of the products W x^T that compute it, where the matrices stream from memory. At an
-# even width up to four a BLAS reads a matrix at full speed; one column, its matrix-vector product, and three are
-# slower than one more. Wider windows gain nothing over x W^T. Measured with the MKL of torch 2.13.
-SWAP_COLUMNS = {1: (2,), 2: (2,), 3: (4,), 4: (4,), 5: (5,), 6: (4, 2), 7: (4, 4), 8: (4, 4)}
+# The layout of a packed matrix is chosen for windows of this many rows, and serves all others.
+PACKED_FOR_ROWS = 8
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swap: bool = False) -> Tensor:
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `pack` takes matrices of this kind: float32 ones on a CPU, where torch was built with oneDNN."""
+    return device.type == "cpu" and dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a matrix [N, K] in oneDNN's own order of entries, which only `linear` can read.
+
+    Products with narrow windows then stream it at nearly full speed, whatever their width, and add up in one
+    order at (nearly) every width; the plain form does neither. See `can_pack`.
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b.
 
     Args:
         x: [T, K] dtype, contiguous.
-        weight: [N, K] dtype.
+        weight: [N, K] dtype, or what `pack` made of it.
         bias: [N] dtype, or None.
-        swap: compute narrow windows as (W x^T)^T, by SWAP_COLUMNS. The values agree to rounding. For float32
-            matrices that do not fit a CPU's cache this reads memory at nearly full speed, where the plain form
-            does not; a window may be padded by a row to a faster width.
 
     Returns:
         [T, N] dtype, contiguous.
     """
-    rows = x.shape[0]
-    if not swap or rows not in SWAP_COLUMNS:
+    if not weight.is_mkldnn:
         return functional.linear(x, weight, bias)
-    columns = SWAP_COLUMNS[rows]
-    if sum(columns) > rows:
-        x = torch.cat((x, x[:1]))
-    y = torch.cat([torch.mm(weight, part.t()).t() for part in x.split_with_sizes(columns)])[:rows]
-    return y if bias is None else y.add_(bias)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 def embedding(table: Tensor, tokens: Tensor) -> Tensor:
@@ -218,9 +224,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def lm_head(x: Tensor, weight: Tensor, *, swap: bool = False) -> Tensor:
+def lm_head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits x W^T as float32: x [R, K] dtype, weight [V, K] dtype -> [R, V] float32.
 
     In 16-bit types the product is rounded to dtype first, as transformers does.
     """
-    return linear(x, weight, swap=swap).float()
+    return linear(x, weight).float()

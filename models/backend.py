@@ -14,9 +14,9 @@ from pyramid_rt.models.config import LlamaConfig
 
 BACKENDS = ("torch", "triton")
 
-# float32 weights of this size and more are read from memory at every step, not from a CPU's cache. The figure
-# is fixed, not measured at load, so that two runs on one machine, or on two, take the same path.
-STREAMING_BYTES = 24 * 2**20
+# A matrix of this many bytes or more is packed where that can be; a product with a smaller one takes less time than
+# the longer call. The figure is fixed, not measured at load, so that two runs, or two machines, take the same path.
+PACKED_BYTES = 2**19
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +101,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchBackend:
-    """The reference ops, on any device.
-
-    Attributes:
-        swap: use the swapped form of narrow products (`reference.linear`).
-    """
-
-    swap: bool = False
+    """The reference ops, on any device."""
 
     @property
     def name(self) -> str:
@@ -144,7 +138,7 @@ class TorchBackend:
         """See `Backend`."""
         kv_heads, _, head_dim = k_cache.shape
         normed = reference.rms_norm(x, norm, eps)
-        joint = reference.linear(normed, weight, bias, swap=self.swap).view(x.shape[0], -1, head_dim)
+        joint = reference.linear(normed, weight, bias).view(x.shape[0], -1, head_dim)
         heads = joint.shape[1] - 2 * kv_heads
         qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
         q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
@@ -160,19 +154,19 @@ class TorchBackend:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: Window
     ) -> Tensor:
         """See `Backend`."""
-        return reference.linear(x, weight, bias, swap=self.swap).add_(residual)
+        return reference.linear(x, weight, bias).add_(residual)
 
     def gate_up(
         self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Window
     ) -> Tensor:
         """See `Backend`."""
         normed = reference.rms_norm(x, norm, eps)
-        return reference.silu_mul(reference.linear(normed, weight, bias, swap=self.swap))
+        return reference.silu_mul(reference.linear(normed, weight, bias))
 
     def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
         """See `Backend`."""
         normed = reference.rms_norm(x.index_select(0, rows), norm, eps)
-        return reference.lm_head(normed, weight, swap=self.swap)
+        return reference.lm_head(normed, weight)
 
 
 def check_backend(name: str, device: torch.device) -> None:
@@ -203,7 +197,6 @@ def make_backend(
     *,
     dtype: torch.dtype,
     max_seq: int,
-    weight_bytes: int,
 ) -> Backend:
     """The backend of one tier, chosen once at load, with whatever buffers it needs.
 
@@ -213,7 +206,6 @@ def make_backend(
         device: where the tier lives.
         dtype: its weights' type.
         max_seq: positions of its cache, slack excluded.
-        weight_bytes: size of its weights; on a CPU it decides which form of product `torch` uses.
 
     Raises:
         InputError: as `check_backend`.
@@ -225,18 +217,26 @@ def make_backend(
         from pyramid_rt.models.triton_backend import TritonBackend
 
         return TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
-    # 16-bit products go through another library, whose plain form is the fast one at every width.
-    streaming = weight_bytes >= STREAMING_BYTES and dtype == torch.float32
-    return TorchBackend(swap=device.type == "cpu" and streaming)
+    return TorchBackend()
+
+
+def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the `torch` backend computes with a packed copy of such a matrix (`reference.pack`)."""
+    return rows * columns * dtype.itemsize >= PACKED_BYTES and reference.can_pack(device, dtype)
 
 
 def workspace_bytes(
     name: str, config: LlamaConfig, max_seq: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes of the buffers that `make_backend` would allocate; takes none. Errors as `make_backend`."""
+    """Bytes that a tier takes besides its weights and cache; takes none. Errors as `make_backend`.
+
+    With `triton` they are its buffers; with `torch` the packed copy of an embedding that serves as the head too.
+    """
     check_backend(name, device)
     if name == "torch":
-        return 0
+        rows, columns = config.vocab_size, config.hidden_size
+        copied = config.tie_word_embeddings and worth_packing(rows, columns, device, dtype)
+        return rows * columns * dtype.itemsize if copied else 0
     from pyramid_rt.models.triton_backend import buffer_bytes
 
     return buffer_bytes(config, max_seq, dtype, device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyramid_rt.kernels.reference import rotary_table
-from pyramid_rt.models.backend import Backend
+from pyramid_rt.kernels.reference import pack, rotary_table
+from pyramid_rt.models.backend import Backend, worth_packing
 from pyramid_rt.models.config import LlamaConfig
 
 # Cache rows past the context, for a round that runs over its end.
@@ -21,6 +21,7 @@ class LayerWeights:
     """One layer. C hidden size, I intermediate size, H and KV heads of size D; all in the model's dtype."""
 
     attn_norm: Tensor  # [C]
+    # Matrices of the `torch` backend may be packed; see `with_packed_matrices`.
     qkv: Tensor  # [(H + 2 KV) D, C], rows of Q, then K, then V
     qkv_bias: Tensor | None  # [(H + 2 KV) D]
     out: Tensor  # [C, H D]
@@ -66,7 +67,7 @@ class Llama:
         embedding: [V, C] dtype.
         layers: from the first to the last.
         norm: [C] dtype.
-        head: [V, C] dtype; the embedding itself where the two are tied.
+        head: [V, C] dtype; the embedding itself, or a packed copy of it, where the two are tied.
         rotary: [max_seq + SLACK_ROWS, 2, D] dtype, `kernels.reference.rotary_table`.
     """
 
@@ -113,6 +114,34 @@ def _rotary(config: LlamaConfig, max_seq: int, dtype: torch.dtype) -> Tensor:
         original_context=rope.original_max_position_embeddings,
         dtype=dtype,
     )
+
+
+def with_packed_matrices(model: Llama) -> Llama:
+    """The same model with the matrices packed that are `worth_packing`; takes their storage from `model`.
+
+    Each is freed as soon as its copy is there, so that they are never held twice, but for an embedding that is the
+    head too: rows of a packed matrix cannot be looked up.
+    """
+
+    def packed(weight: Tensor) -> Tensor:
+        if not worth_packing(weight.shape[0], weight.shape[1], weight.device, weight.dtype):
+            return weight
+        copy = pack(weight)
+        if weight is not model.embedding:
+            weight.untyped_storage().resize_(0)
+        return copy
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=packed(layer.qkv),
+            out=packed(layer.out),
+            gate_up=packed(layer.gate_up),
+            down=packed(layer.down),
+        )
+        for layer in model.layers
+    )
+    return replace(model, layers=layers, head=packed(model.head))
 
 
 @dataclass(frozen=True, slots=True)

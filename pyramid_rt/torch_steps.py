@@ -1,8 +1,8 @@
 """The steps of a round in plain torch, on any device and with any tier.
 
 All of it is tensor code of fixed shapes on the device; what does not apply is masked. Under `host_control` the
-host also reads lengths, to skip inactive inner rounds and to trim windows; without it nothing is read until the
-round is over. Both ways run the same lines.
+numbers that a round counts with are the host's own, so that it can skip inactive inner rounds and trim windows;
+without it they are tensors, and nothing is read until the round is over. Both ways run the same lines.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyramid_rt.cursor import Cursor, Flag, Number, but_not, entry
 from pyramid_rt.kernels import sampling_reference as ops
 from pyramid_rt.recursion import Clock, Recursion, Script, Section, horizon
 from pyramid_rt.rules import Evidence, Fuzzy, Rule, Verdict
-from pyramid_rt.state import COLUMN, MAX_WINDOW, NO_POSITION, Plan, State
+from pyramid_rt.state import MAX_WINDOW, NO_POSITION, Plan, State
 from pyramid_rt.tiers import Tier
 
 
@@ -28,9 +29,9 @@ class Round:
     """A round that is open at a tier: the tier below makes a proposal, this one judges it."""
 
     level: int
-    live: Tensor  # bool []: an inactive round changes nothing
-    base: Tensor  # int64 []: where this tier's own proposal begins
-    proposal: Tensor  # int64 []: where the proposal of the tier below begins
+    live: Flag  # an inactive round changes nothing
+    base: Number  # where this tier's own proposal begins
+    proposal: Number  # where the proposal of the tier below begins
 
 
 class TorchSteps:
@@ -43,11 +44,9 @@ class TorchSteps:
         self, tiers: Sequence[Tier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
     ) -> None:
         self.tiers, self.plan, self.state, self.vocab_size, self.clock = tiers, plan, state, vocab_size, clock
-        device = state.tokens.device
-        self._steps = torch.arange(MAX_WINDOW + 1, device=device)
-        self._levels = torch.arange(plan.tiers, device=device)
-        self._noise_rows = _NoiseRows() if plan.host_control else None
         self._capacity = state.tokens.shape[-1]
+        self._noise_rows = _NoiseRows() if plan.host_control else None
+        self._at = Cursor(plan, state)
         self._horizon = self._capacity
 
     def restart(self, clock: Clock | None) -> None:
@@ -59,21 +58,22 @@ class TorchSteps:
         """Open an outer round at the end of the sequence; None where the host sees that it is finished."""
         if known_end is not None:
             self._horizon = horizon(known_end, self.plan, self._capacity)
-        live = self._unfinished()
-        if self.plan.host_control and not bool(live):
+        self._at.look()
+        live = self._at.unfinished()
+        if self.plan.host_control and not live:
             return None
-        end = self.state.end.clone()
+        end = self._at.mark()
         return Round(self.plan.tiers - 1, live, end, end)
 
     def inner(self, outer: Round) -> Round | None:
         """Open an inner round of the tier below `outer`'s; None where the host sees that no more are due."""
-        plan, state, level = self.plan, self.state, outer.level - 1
-        live = outer.live & self._unfinished()
+        plan, level = self.plan, outer.level - 1
+        live = outer.live & self._at.unfinished()
         if plan.inner_rounds is None:
-            live = live & (state.end - outer.proposal < plan.lengths[level])
-        if plan.host_control and not bool(live):
+            live = live & (self._at.end - outer.proposal < plan.lengths[level])
+        if plan.host_control and not live:
             return None
-        return Round(level, live, outer.proposal, state.end.clone())
+        return Round(level, live, outer.proposal, self._at.mark())
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
         """The end of the target's prefill: run the last window, commit the target's own token after it.
@@ -82,82 +82,81 @@ class TorchSteps:
             row: int64 [1], the window row of the prompt's last token.
             kv_bound, window, start: as in `Tier.forward`.
         """
-        target, state = self.plan.tiers - 1, self.state
+        target = self.plan.tiers - 1
+        self._at.look()
+        end, live = self._at.mark(), self._at.unfinished()
         raw = self._run(target, window, start, row, kv_bound)
-        token, peak = self._own_tokens(raw, state.end.reshape(1))
-        live = self._unfinished()
-        self._note_bad(target, peak, state.end.reshape(1), live)
+        token, peak = self._own_tokens(raw, end)
+        self._note_bad(target, peak, end, 1, live)
         self._keep_logprobs(raw)
-        state.cached[target].copy_(state.end)
-        self._put(token, live)
+        self._at.cache_holds(target, end, live)
+        self._at.put(token, live)
+        self._at.store()
 
     def sample(self, opened: Round) -> None:
         """Tier 0 draws its own tokens; stop tokens, the limit and an inactive round cut the burst."""
-        plan, state = self.plan, self.state
-        base, active, steps = opened.proposal, opened.live, plan.burst
-        width = plan.window(0)
+        plan, state, at = self.plan, self.state, self._at
+        base, live, steps, width = opened.proposal, opened.live, plan.burst, plan.window(0)
         if plan.host_control:
-            width = int(base) - int(state.cached[0])
-            steps = min(steps, int(state.limit) - int(base))
-        live = active
+            width = int(base - at.cached[0])
+            steps = min(steps, int(at.limit - base))
         tokens: list[Tensor] = []
         peaks: list[Tensor] = []
         for step in range(steps):
             if step == 0:
-                row = (base - 1 - state.cached[0]).clamp(0, width - 1).reshape(1)
-                raw = self._window(0, width, row)
+                raw = self._window(0, width, base, 1)
             else:
                 if not plan.host_control:
-                    live = live & self._unfinished()
-                elif bool(state.ended):  # the limit cut `steps` beforehand
+                    live = live & at.unfinished()
+                elif at.ended:  # the limit cut `steps` beforehand
                     break
                 # The one token the draft has not seen; in a step that is not live, some row past `cached`.
-                raw = self._run(0, tokens[-1], state.end - 1, self._steps[:1], self._bound(base, step))
-            token, peak = self._own_tokens(raw, state.end.reshape(1))
+                raw = self._run(0, tokens[-1], at.end - 1, at.line[:1], self._bound(base, step))
+            token, peak = self._own_tokens(raw, at.end)
             tokens.append(token)
             peaks.append(peak)
             if plan.tiers == 1:
                 self._keep_logprobs(raw)
             elif plan.keep_own[0] or plan.keep_effective[0]:
                 processed = self._logprobs(raw) if plan.keep_effective[0] else None
-                self._keep_rows(0, state.end - base, raw, processed)
-            self._put(token, live)
-        positions = base + self._steps[: len(tokens)]
-        self._note_bad(0, torch.cat(peaks), positions, positions < state.end)
-        state.origin.index_put_((positions,), self._levels[:1])
-        self._set(state.cached[0], state.end - 1, active)
-        state.counters[0, COLUMN["forwards"]] += state.end - base
+                self._keep_rows(0, at.end - base, raw, processed)
+            at.put(token, live)
+        count = at.end - base
+        self._note_bad(0, torch.cat(peaks), base, count, opened.live)
+        state.origin.index_fill_(0, at.places(base, len(tokens)), 0)
+        at.cache_holds(0, at.end - 1, opened.live)
+        at.count_forwards(0, count)
+        if plan.tiers == 1:
+            at.store()
 
     def verify(self, opened: Round) -> None:
         """The round's tier judges the tokens that it was opened for."""
-        plan, state = self.plan, self.state
+        plan, state, at = self.plan, self.state, self._at
         level, below, active = opened.level, opened.level - 1, opened.live
         proposal, base = opened.proposal, opened.base
+        count = at.end - proposal
         most, width = plan.longest[below], plan.window(level)
         if plan.host_control:
-            most = int(state.end) - int(proposal)
-            width = int(state.end) - int(state.cached[level])
-        steps = self._steps[: most + 1]
-        positions = proposal + steps
-        rows = (positions - 1 - state.cached[level]).clamp(0, width - 1)
-        raw = self._window(level, width, rows)
-        own, peak = self._own_tokens(raw, positions)
-        count = state.end - proposal
-        self._note_bad(level, peak, positions, active & (steps <= count))
+            most, width = int(count), int(at.end - at.cached[level])
+        raw = self._window(level, width, proposal, most + 1)
+        own, peak = self._own_tokens(raw, proposal)
+        self._note_bad(level, peak, proposal, count + 1, active)
 
         up = level < plan.tiers - 1
         rule = plan.rules[below]
         processed = self._logprobs(raw) if self._needs_processed(rule, level) else None
-        evidence = self._evidence(below, raw, processed, own, positions, most)
+        evidence = self._evidence(below, raw, processed, own, proposal, most)
         verdict = rule.judge(evidence)
-        prefix = (verdict.stands & (steps[:most] < count)).to(torch.int64).cumprod(0)
-        accepted = prefix.sum(0)
+        stands = verdict.stands if plan.host_control else verdict.stands & (at.line[:most] < count)
+        prefix = stands.cumprod(0)
+        accepted = at.number(prefix.sum(0))
         whole = accepted == count
         position = proposal + accepted
-        replace = active & ~(whole & (state.ended | (position >= state.limit)))
-        token = own.gather(0, accepted.reshape(1))
+        replace = but_not(active, whole & (at.ended | (position >= at.limit)))
+        token = entry(own, accepted)
         if rule.residual:
-            token = torch.where(whole, token, self._residual(evidence, below, accepted, position))
+            drawn = self._residual(evidence, below, accepted, position)
+            token = torch.where(at.tensor(whole), token, drawn)
 
         if up and (plan.keep_own[level] or plan.keep_effective[level]):
             self._keep_rows(
@@ -165,20 +164,17 @@ class TorchSteps:
             )
         # Where standing means being the own token there is nothing to count.
         differing = None if rule.lossless else (prefix * (evidence.proposed != evidence.own)).sum(0)
-        self._count(below, active, count, accepted, differing, torch.stack((whole, replace, active)))
-        self._set(state.ended, state.ended & whole, active)
-        self._set(state.end, position, active)
-        for tier in range(level):
-            self._set(state.cached[tier], torch.minimum(state.cached[tier], position), active)
-        self._set(state.cached[level], position, active)
+        at.count_verify(below, (count, accepted, differing), (whole, replace, active))
+        at.roll_back(level, position, whole, active)
         # A position past the end belongs to nobody, so this need not be masked.
-        state.origin.index_put_((position.reshape(1),), self._levels[level : level + 1])
-        self._put(token, replace)
+        state.origin.index_fill_(0, at.places(position, 1), level)
+        at.put(token, replace)
         if not up:
             self._keep_logprobs(raw)
+            at.store()
 
     def _evidence(
-        self, below: int, raw: Tensor, processed: Tensor | None, own: Tensor, positions: Tensor, most: int
+        self, below: int, raw: Tensor, processed: Tensor | None, own: Tensor, proposal: Number, most: int
     ) -> Evidence:
         """What the rule above tier `below` may see, cut to the proposed positions."""
         state, rule = self.state, self.plan.rules[below]
@@ -190,10 +186,11 @@ class TorchSteps:
             below_processed = self._logprobs(below_raw)
         uniform = None
         if rule.needs_effective:
-            words = ops.random_words(state.seed, positions[:most], ops.PURPOSE_ACCEPT, below, 1)
+            places = self._at.places(proposal, most)
+            words = ops.random_words(state.seed, places, ops.PURPOSE_ACCEPT, below, 1)
             uniform = ops.uniform(words.squeeze(-1))
         return Evidence(
-            proposed=state.tokens.gather(0, positions[:most]),
+            proposed=self._at.tokens(proposal, most),
             own=own[:most],
             raw=raw[:most],
             processed=processed[:most] if processed is not None else None,
@@ -204,15 +201,14 @@ class TorchSteps:
             uniform=uniform,
         )
 
-    def _residual(self, evidence: Evidence, stage: int, accepted: Tensor, position: Tensor) -> Tensor:
+    def _residual(self, evidence: Evidence, stage: int, accepted: Number, position: Number) -> Tensor:
         """The correction [1] of a rejection at the row `accepted`, whose position is `position`."""
         assert evidence.processed is not None
         assert evidence.effective is not None
         last = evidence.effective.shape[0] - 1
-        row = accepted.clamp(max=last).reshape(1)
-        words = ops.random_words(
-            self.state.seed, position.reshape(1), ops.PURPOSE_RESIDUAL, stage, self.vocab_size
-        )
+        row = self._at.places(accepted, 1).clamp(max=last)
+        place = self._at.places(position, 1)
+        words = ops.random_words(self.state.seed, place, ops.PURPOSE_RESIDUAL, stage, self.vocab_size)
         p_log, q_log = evidence.processed.index_select(0, row), evidence.effective.index_select(0, row)
         return ops.residual_token(p_log, q_log, ops.gumbel(words))
 
@@ -237,34 +233,41 @@ class TorchSteps:
 
     # Pieces
 
-    def _unfinished(self) -> Tensor:
-        return (self.state.end < self.state.limit) & ~self.state.ended
+    def _window(self, level: int, width: int, first: Number, count: int) -> Tensor:
+        """Run the `width` tokens from the tier's cached length on.
 
-    def _window(self, level: int, width: int, rows: Tensor) -> Tensor:
-        """Run the `width` tokens from the tier's cached length on; raw logits of `rows`, [R, V] float32."""
-        start = self.state.cached[level]
-        window = self.state.tokens.gather(0, start + self._steps[:width])
-        return self._run(level, window, start, rows, self._bound(start, width))
+        Returns: raw logits [count, V] float32 of the positions from `first` on.
+        """
+        start = self._at.cached[level]
+        rows = self._at.places(first - 1 - start, count)
+        if not self.plan.host_control:
+            rows = rows.clamp(0, width - 1)
+        return self._run(level, self._at.tokens(start, width), start, rows, self._bound(start, width))
 
-    def _bound(self, start: Tensor, width: int) -> int:
+    def _bound(self, start: Number, width: int) -> int:
         """Cache rows that a window of `width` from `start` on may look at, known to the host."""
-        return int(start) + width if self.plan.host_control else self._horizon
+        return start + width if isinstance(start, int) else self._horizon
 
-    def _run(self, level: int, window: Tensor, start: Tensor, rows: Tensor, bound: int) -> Tensor:
+    def _run(self, level: int, window: Tensor, start: Number, rows: Tensor, bound: int) -> Tensor:
+        if isinstance(start, int):
+            start = self._at.line[start]
         with self.clock.measure(level) if self.clock is not None else nullcontext():
             logits = self.tiers[level].forward(window, start, rows, bound)
         assert logits is not None
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
 
-    def _own_tokens(self, raw: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Own tokens [R] of raw rows, and a value [R] that is finite iff the row can be decided."""
+    def _own_tokens(self, raw: Tensor, first: Number) -> tuple[Tensor, Tensor]:
+        """Own tokens [R] of the raw rows from position `first` on.
+
+        Returns: they, and a value [R] that is finite iff the row can be decided.
+        """
         if not self.plan.noisy:
             best = raw.max(-1)
             return best.indices, best.values
         noise = (
-            self._noise_rows.take(self.state.seed, int(positions[0]), raw.shape)
-            if self._noise_rows is not None
-            else ops.own_noise(self.state.seed, positions, self.vocab_size)
+            self._noise_rows.take(self.state.seed, first, raw.shape)
+            if self._noise_rows is not None and isinstance(first, int)
+            else ops.own_noise(self.state.seed, self._at.places(first, raw.shape[0]), self.vocab_size)
         )
         return (self._processed(raw) + noise).argmax(-1), raw.amax(-1)
 
@@ -276,21 +279,9 @@ class TorchSteps:
         """Processed log-probabilities [R, V]; one-hot at temperature 0."""
         return torch.log_softmax(self._processed(raw), -1) if self.plan.noisy else ops.one_hot_logprobs(raw)
 
-    def _set(self, value: Tensor, new: Tensor, active: Tensor) -> None:
-        """Overwrite a scalar of the state where `active`; under host control nothing inactive comes this far."""
-        value.copy_(new if self.plan.host_control else torch.where(active, new, value))
-
-    def _put(self, token: Tensor, live: Tensor) -> None:
-        """Append token [1] where `live`; elsewhere the write goes to the buffer's last entry."""
-        state = self.state
-        slot = torch.where(live, state.end, self._capacity - 1).reshape(1)
-        state.tokens.index_put_((slot,), token)
-        state.ended.logical_or_(live & state.stop_mask.gather(0, token).squeeze(0))
-        state.end.add_(live)
-
-    def _keep_rows(self, level: int, offset: Tensor, raw: Tensor, processed: Tensor | None) -> None:
+    def _keep_rows(self, level: int, offset: Number, raw: Tensor, processed: Tensor | None) -> None:
         """Store the rows of tier `level`'s proposal from `offset` on, where a rule above reads them."""
-        index = (offset + self._steps[: raw.shape[0]],)
+        index = (self._at.places(offset, raw.shape[0]),)
         own, effective = self.state.own_rows[level], self.state.effective_rows[level]
         if own is not None:
             own.index_put_(index, raw)
@@ -302,32 +293,18 @@ class TorchSteps:
         if self.state.logprob_rows is not None:
             self.state.logprob_rows[: raw.shape[0]].copy_(raw)
 
-    def _note_bad(self, level: int, peak: Tensor, positions: Tensor, valid: Tensor) -> None:
-        """Remember the first valid position [R] whose row had NaN, +inf or nothing but -inf."""
+    def _note_bad(self, level: int, peak: Tensor, first: Number, count: Number, active: Flag) -> None:
+        """Remember the first position whose row had NaN, +inf or nothing but -inf.
+
+        `peak` [R] belongs to the positions from `first` on, of which `count` are valid where `active`.
+        """
         if self.plan.host_control and math.isfinite(float(peak.sum())):
             return
-        found = torch.where(valid & ~peak.isfinite(), positions, NO_POSITION).amin(0)
+        rows = peak.shape[0]
+        valid = (self._at.line[:rows] < count) & active
+        found = torch.where(valid & ~peak.isfinite(), self._at.places(first, rows), NO_POSITION).amin(0)
         bad = self.state.bad[level]
         bad.copy_(torch.minimum(bad, found))
-
-    def _count(
-        self,
-        below: int,
-        active: Tensor,
-        count: Tensor,
-        accepted: Tensor,
-        differing: Tensor | None,
-        flags: Tensor,
-    ) -> None:
-        """Add one verify to the counters of the stage above tier `below`.
-
-        `flags` is bool [3]: accepted as a whole, replacement put, active. Columns in the order of `COUNTERS`.
-        """
-        numbers = torch.stack((count, accepted, self._steps[0] if differing is None else differing))
-        made = torch.cat((numbers, flags)) * active
-        counters = self.state.counters
-        counters[below, : made.shape[0]] += made
-        counters[below + 1, COLUMN["forwards"]] += active
 
 
 class _NoiseRows:

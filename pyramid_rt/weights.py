@@ -15,7 +15,7 @@ from torch import Tensor
 from pyramid_rt.errors import InputError, WeightsError
 from pyramid_rt.models.backend import TorchBackend, check_backend, make_backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.llama import LayerWeights, Llama, weight_bytes
+from pyramid_rt.models.llama import LayerWeights, Llama, weight_bytes, with_packed_matrices
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -89,12 +89,12 @@ def load_llama(
     meta = Llama.empty(config, TorchBackend(), max_seq=1, dtype=dtype, device=torch.device("meta"))
     stored = _list_tensors(directory)
     _check(directory, config, _destinations(meta), stored)
-    chosen = make_backend(backend, config, device, dtype=dtype, max_seq=max_seq, weight_bytes=total)
+    chosen = make_backend(backend, config, device, dtype=dtype, max_seq=max_seq)
     model = Llama.empty(config, chosen, max_seq=max_seq, dtype=dtype, device=device)
     _fill(_destinations(model), stored, total, progress)
     if config.tie_word_embeddings and _HEAD in stored:
         _check_tied_head(model.embedding, stored[_HEAD])
-    return model
+    return with_packed_matrices(model) if backend == "torch" else model
 
 
 @dataclass(frozen=True, slots=True)

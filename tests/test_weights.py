@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyramid_rt.errors import InputError, UnsupportedModelError, WeightsError
-from pyramid_rt.models.backend import STREAMING_BYTES, TorchBackend, make_backend
+from pyramid_rt.models import backend as backends
+from pyramid_rt.models import llama
+from pyramid_rt.models.backend import workspace_bytes
 from pyramid_rt.models.llama import KVCache, Llama, forward, weight_bytes
 from pyramid_rt.weights import load_llama, read_config
 
@@ -283,16 +285,41 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused(
         load(source, backend="triton")
 
 
-def test_swapped_products_serve_large_float32_models_on_a_cpu_alone(source: Path) -> None:
-    config = read_config(source)
+def test_large_float32_matrices_on_a_cpu_are_packed_and_not_held_twice(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, able = load(source), torch.backends.mkldnn.is_available()
+    matrices = ("qkv", "out", "gate_up", "down")
+    assert not any(getattr(layer, name).is_mkldnn for layer in plain.layers for name in matrices)
+    taken: list[Tensor] = []
+    real = llama.pack
 
-    def swaps(device: str, dtype: torch.dtype, size: int) -> bool:
-        place = torch.device(device)
-        backend = make_backend("torch", config, place, dtype=dtype, max_seq=8, weight_bytes=size)
-        assert isinstance(backend, TorchBackend)
-        return backend.swap
+    def pack(weight: Tensor) -> Tensor:
+        taken.append(weight)
+        return real(weight)
 
-    assert swaps("cpu", torch.float32, STREAMING_BYTES)
-    assert not swaps("cpu", torch.float32, STREAMING_BYTES - 1)
-    assert not swaps("cpu", torch.bfloat16, 10 * STREAMING_BYTES)
-    assert not swaps("cuda", torch.float32, 10 * STREAMING_BYTES)
+    monkeypatch.setattr(llama, "pack", pack)
+    monkeypatch.setattr(backends, "PACKED_BYTES", plain.layers[0].gate_up.nbytes)
+    model = load(source)
+    for layer in model.layers:
+        large = {name for name in matrices if getattr(layer, name).is_mkldnn}
+        assert large == ({"gate_up"} if able else set())
+    assert not model.embedding.is_mkldnn
+    assert len(taken) == (len(model.layers) if able else 0)
+    assert all(weight.untyped_storage().nbytes() == 0 for weight in taken)
+    assert not load(source, dtype=torch.bfloat16).layers[0].gate_up.is_mkldnn
+
+
+def test_a_packed_copy_of_a_tied_embedding_is_planned(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "PACKED_BYTES", 0)
+    untied = read_config(copy)
+    edit_config(copy, tie_word_embeddings=True)
+    edit_tensors(copy, **{"lm_head.weight": None})
+    tied, model = read_config(copy), load(copy)
+    copied = model.head.is_mkldnn
+    assert copied == torch.backends.mkldnn.is_available()
+    assert model.embedding.untyped_storage().nbytes() == model.embedding.nbytes
+    size = workspace_bytes("torch", tied, 8, torch.float32, CPU)
+    assert size == (model.embedding.nbytes if copied else 0)
+    assert workspace_bytes("torch", untied, 8, torch.float32, CPU) == 0
+    assert workspace_bytes("torch", tied, 8, torch.bfloat16, CPU) == 0
