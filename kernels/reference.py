@@ -23,7 +23,9 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `pack` takes matrices of this kind: float32 ones on a CPU, where torch was built with oneDNN."""
-    return device.type == "cpu" and dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())
+    # torch's compiler calls these two; they are not part of its public interface.
+    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return device.type == "cpu" and dtype == torch.float32 and there and torch.backends.mkldnn.is_available()
 
 
 def pack(weight: Tensor) -> Tensor:
