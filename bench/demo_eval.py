@@ -4,13 +4,15 @@
 
 A prefix is a piece of a held-out file that ends where a statement of the module's top level begins: as
 many whole statements before that place as fit into `PREFIX_TOKENS` tokens. A completion is the greedy
-continuation up to its tenth line that is not blank. Of the completions:
+continuation by ten lines that are not blank, and by up to twenty more to finish what the tenth leaves open
+(a call, a docstring, a `try`). Of the completions:
 
-- `parses`: `ast.parse` accepts the ten lines as they stand. Strict: the cut after the tenth line often
-  falls into the middle of a statement, which is not the model's fault.
-- `valid`: forgives that cut and nothing else. Python finds no error in the ten lines but, at most, that
-  they end too early, and after cutting back to where `ast.parse` accepts them `KEPT_LINES` or more remain.
-- `distinct`: the mean share of lines that differ from all before them, since `ast.parse` likes repetition.
+- `parses`: `ast.parse` accepts the ten lines as they stand. Strict: ending after the tenth line often
+  means ending inside a statement, which is not the model's fault.
+- `valid`: `ast.parse` accepts the first ten to thirty lines. Only an end that comes too early is forgiven;
+  no line makes good an error before it.
+- `distinct`: the mean share of the ten lines that differ from all before them, since `ast.parse` likes
+  repetition.
 
 The first two are shares of all prefixes. A completion of fewer than ten lines fails both, and so does one
 in which fewer than `STATEMENTS` statements other than bare strings are accepted: neither silence nor
@@ -38,10 +40,10 @@ from bench.demo_corpus import Corpus, Tokens, load_corpus, texts
 from pyramid_rt.methods import METHODS
 
 LINES = 10
-KEPT_LINES = 5
-STATEMENTS = 3
+MOST_LINES = 30
+STATEMENTS = 2
 PREFIX_TOKENS = 384
-LONGEST_COMPLETION = 320
+LONGEST_COMPLETION = 512
 ALLOW_INCOMPLETE_INPUT = 0x4000  # codeop.PyCF_ALLOW_INCOMPLETE_INPUT, which the type stubs lack
 INCOMPLETE = "incomplete input"
 
@@ -101,26 +103,34 @@ def first_lines(text: str, count: int = LINES) -> list[str] | None:
     return lines[: filled[count - 1] + 1] if len(filled) >= count else None
 
 
-def judge(completion: str) -> Verdict:
-    """Judge a completion that begins where a top-level statement may begin."""
-    lines = first_lines(completion)
-    filled = [line for line in (lines or completion.split("\n")) if line.strip()]
-    distinct = len(set(filled)) / len(filled) if filled else 0.0
-    if lines is None:
-        return Verdict(False, False, distinct)
-    whole = "\n".join(lines) + "\n"
-    tree = parse(whole)
-    if tree is not None:
-        enough = count_statements(tree) >= STATEMENTS
-        return Verdict(enough, enough, distinct)
-    if not is_open(whole):
-        return Verdict(False, False, distinct)
-    for end in range(len(lines) - 1, 0, -1):
-        tree = parse("\n".join(lines[:end]) + "\n")
+def judge(completion: str) -> Verdict | None:
+    """Judge whole lines that begin where a top-level statement may begin; None while more lines may decide."""
+    head = first_lines(completion)
+    if head is None:
+        return None
+    filled = [line for line in head if line.strip()]
+    distinct = len(set(filled)) / len(filled)
+    for count in range(LINES, MOST_LINES + 1):
+        lines = first_lines(completion, count)
+        if lines is None:
+            return None
+        text = "\n".join(lines) + "\n"
+        tree = parse(text)
         if tree is not None:
-            kept = sum(bool(line.strip()) for line in lines[:end])
-            return Verdict(False, kept >= KEPT_LINES and count_statements(tree) >= STATEMENTS, distinct)
+            enough = count_statements(tree) >= STATEMENTS
+            return Verdict(enough and count == LINES, enough, distinct)
+        if not is_open(text):
+            break
     return Verdict(False, False, distinct)
+
+
+def judge_to_end(text: str) -> Verdict:
+    """Judge a completion after which nothing follows: what is undecided has failed."""
+    verdict = judge(text)
+    if verdict is not None:
+        return verdict
+    filled = [line for line in text.split("\n") if line.strip()][:LINES]
+    return Verdict(False, False, len(set(filled)) / len(filled) if filled else 0.0)
 
 
 def boundaries(source: str) -> list[int]:
@@ -175,15 +185,25 @@ def prefixes(
     return list(found)
 
 
-def complete(pyramid: pyramid_rt.Pyramid, prefix: str, method: str) -> str:
-    """Continue a prefix greedily by one method until its tenth line is complete."""
+def complete(pyramid: pyramid_rt.Pyramid, prefix: str, method: str) -> tuple[str, Verdict]:
+    """Continue a prefix greedily by one method until Python's verdict is clear; returns the text as well."""
     text = ""
     with pyramid.stream(prefix, method=method, max_new_tokens=LONGEST_COMPLETION, temperature=0.0) as pieces:
         for piece in pieces:
             text += piece
-            if first_lines(text, LINES + 1) is not None:
-                break
-    return text
+            if "\n" in piece:
+                verdict = judge(text[: text.rindex("\n") + 1])
+                if verdict is not None:
+                    return text, verdict
+    return text, judge_to_end(text)
+
+
+def mean_verdict(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the mean of each field."""
+    return {
+        name: round(float(np.mean([getattr(verdict, name) for verdict in verdicts])), 4)
+        for name in ("parses", "valid", "distinct")
+    }
 
 
 def completion_shares(
@@ -192,11 +212,7 @@ def completion_shares(
     """Judge one completion per prefix and method; returns the shares by method."""
     shares = {}
     for method in methods:
-        verdicts = [judge(complete(pyramid, prefix, method)) for prefix in starts]
-        shares[method] = {
-            name: round(float(np.mean([getattr(v, name) for v in verdicts])), 4)
-            for name in ("parses", "valid", "distinct")
-        }
+        shares[method] = mean_verdict([complete(pyramid, prefix, method)[1] for prefix in starts])
         print(method, shares[method], flush=True)
     return shares
 
@@ -211,15 +227,11 @@ def measure_completions(weights: Path, corpus: Corpus, count: int, seed: int) ->
         starts = prefixes(library, encode, count // 2, seed) + prefixes(
             packages, encode, count - count // 2, seed
         )
-        own = [judge(text) for text in true_continuations(library + packages, starts)]
+        own = [judge_to_end(text) for text in true_continuations(library + packages, starts)]
         methods = [method for method in METHODS if method in pyramid.methods]
         return {
             "prefixes": len(starts),
-            "held_out_text_itself": {
-                "parses": round(float(np.mean([v.parses for v in own])), 4),
-                "valid": round(float(np.mean([v.valid for v in own])), 4),
-                "distinct": round(float(np.mean([v.distinct for v in own])), 4),
-            },
+            "held_out_text_itself": mean_verdict(own),
             "methods": completion_shares(pyramid, starts, methods),
         }
 

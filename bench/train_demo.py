@@ -42,6 +42,7 @@ OWN_WINDOW = 256
 OWN_BATCH = 96
 OWN_SHARE = 0.5  # of the students' batches, text that the target wrote
 HELD_OUT_PREFIXES = 96
+PACKAGE_TOKENS = 100_000  # of the packages' held-out stream, for loss and agreement
 
 # For `pyramid.json`: the fastest of a few dozen combinations tried on two CPU cores. The pyramid is too flat for
 # its qualifier to pay there, so two tiers are the default; the other values serve those who ask for three.
@@ -236,6 +237,8 @@ def measure(corpus: Corpus, stages: dict[str, Stage], args: argparse.Namespace) 
     }
     plan = ",".join(f"{name}={count / 1e6:g}" for name, count in args.tokens.items())
     facts = corpus.facts
+    packages = corpus.held_out_packages[:PACKAGE_TOKENS]
+    packages_bytes = len(corpus.tokenizer.decode(packages.tolist()).encode())
     return {
         "command": f"python -m bench.train_demo --tokens {plan} --seed {args.seed}",
         "hardware": args.hardware,
@@ -252,9 +255,7 @@ def measure(corpus: Corpus, stages: dict[str, Stage], args: argparse.Namespace) 
         "corpus": facts,
         "tiers": sizes,
         "held_out": measure_held_out(models, corpus.held_out, facts["held_out_bytes"], WINDOW),
-        "held_out_packages": measure_held_out(
-            models, corpus.held_out_packages, facts["held_out_package_bytes"], WINDOW
-        ),
+        "held_out_packages": measure_held_out(models, packages, packages_bytes, WINDOW),
         "own_greedy": own_text_agreement(models, corpus, 0.0, args.seed),
         "own_sampled": own_text_agreement(models, corpus, 0.8, args.seed),
     }
@@ -328,9 +329,9 @@ def main() -> None:
     for tier, model in second.models.items():
         export(tier, model, corpus, args.out)
     write_list(args.out)
+    torch.set_num_threads(args.workers)
     report = measure(corpus, {"target": first, "students": second}, args)
     write_results(report, args)
-    torch.set_num_threads(max(1, args.workers))
     report["completions"] = measure_completions(args.out, corpus, HELD_OUT_PREFIXES, args.seed)
     write_results(report, args)
     print(

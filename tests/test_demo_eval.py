@@ -18,6 +18,7 @@ from bench.demo_eval import (
     first_lines,
     is_open,
     judge,
+    judge_to_end,
     measure_held_out,
     parse,
     prefix_of,
@@ -28,42 +29,56 @@ from bench.demo_eval import (
 TEN = "".join(f"x{i} = {i}\n" for i in range(10))
 
 
+NINE = "".join(f"x{i} = {i}\n" for i in range(9))
+
+
 @pytest.mark.parametrize(
     ("text", "parses", "valid"),
     [
         (TEN, True, True),
         (TEN + "and whatever ( follows", True, True),  # the eleventh line is not judged
         ("\n\n" + TEN.replace("\n", "\n\n"), True, True),  # blank lines are not counted
-        # The cut after ten lines falls into a statement: not the model's fault.
-        ("".join(f"x{i} = {i}\n" for i in range(9)) + "def f(\n    a):\n    pass\n", False, True),
-        ("def f():\n    y = 0\n" + "".join(f"    x{i} = {i}\n" for i in range(7)) + "    if a:\n", False, True),
-        # Errors inside, at the first and at the tenth line.
+        # What the tenth line leaves open may be finished by the thirtieth, not later, and not with an error.
+        (NINE + "def f(\n    a):\n    pass\n", False, True),
+        (NINE + "try:\n    x = 1\nfinally:\n    y = 2\n", False, True),
+        (NINE + "f(\n" + "    1,\n" * 19 + ")\n", False, True),
+        (NINE + "f(\n" + "    1,\n" * 20 + ")\n", False, False),
+        (NINE + "def f(\n    a:\n    pass\n", False, False),
+        (NINE + "def f(\n    a, b", False, False),  # never finished
+        # Errors at the first and at the tenth line.
         ("x = = 1\n" + TEN, False, False),
-        ("".join(f"x{i} = {i}\n" for i in range(9)) + "x = )\n", False, False),
-        ("".join(f"x{i} = {i}\n" for i in range(9)) + "    x = 1\n", False, False),
-        # An early statement that is still open at the end leaves too little.
-        ("x = 1\ny = 2\nz = 3\nf(\n" + "".join(f"    {i},\n" for i in range(8)), False, False),
+        (NINE + "x = )\n" + TEN, False, False),
+        (NINE + "    x = 1\n" + TEN, False, False),
         # Nothing that is easy to write without being Python passes.
         ("", False, False),
         ("\n" * 50, False, False),
-        (TEN[: TEN.index("x9")], False, False),  # nine lines
-        ("# a comment\n" * 12, False, False),
+        (NINE, False, False),
+        ("# a comment\n" * 40, False, False),
         ('"""A docstring.\n' + "Some words.\n" * 8 + '"""\n', False, False),
-        ('"""A docstring.\n' + "Some words.\n" * 20, False, False),
-        ("'a'\n" * 12, False, False),
-        ("some words\n" * 12, False, False),
-        (" x = 1\n" * 12, False, False),
+        ('def f():\n    """A docstring.\n' + "    Some words.\n" * 8 + '    """\n', False, False),
+        ('"""A docstring.\n' + "Some words.\n" * 40, False, False),
+        ("'a'\n" * 40, False, False),
+        ("some words\n" * 40, False, False),
+        (" x = 1\n" * 40, False, False),
     ],
-)  # fmt: skip
+)
 def test_the_verdict(text: str, parses: bool, valid: bool) -> None:
-    verdict = judge(text)
+    verdict = judge_to_end(text)
     assert (verdict.parses, verdict.valid) == (parses, valid)
+
+
+def test_a_verdict_waits_for_the_lines_that_decide() -> None:
+    assert judge(NINE) is None
+    assert judge(NINE + "f(\n") is None
+    assert judge(NINE + "f(\n)\n") == Verdict(False, True, 1.0)
+    assert judge(NINE + "f)\n") == Verdict(False, False, 1.0)
 
 
 def test_repetition_shows() -> None:
     assert judge(TEN) == Verdict(True, True, 1.0)
     assert judge("x = 1\n" * 10) == Verdict(True, True, 0.1)
-    assert judge("").distinct == 0.0
+    assert judge_to_end("").distinct == 0.0
+    assert judge_to_end("x\nx\n").distinct == 0.5
 
 
 def test_ten_lines_are_cut_at_the_tenth_that_is_not_blank() -> None:
@@ -126,7 +141,7 @@ def test_prefixes_differ_and_come_with_what_follows_them() -> None:
     assert starts == prefixes(documents, words, 4, 1)
     for prefix, rest in zip(starts, true_continuations(documents, starts), strict=True):
         assert prefix + rest in documents
-        assert judge(rest).valid or first_lines(rest) is None
+        assert judge_to_end(rest).valid
 
 
 class Table:
