@@ -52,8 +52,9 @@ SHAPES = {
     "qualifier": {"hidden": 384, "layers": 3, "heads": 6, "kv_heads": 2, "intermediate": 1024},
     "draft": {"hidden": 160, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 448},
 }
-# The qualifier begins as the target without its other layers; of all choices of three, these agreed best.
-KEPT_LAYERS = (0, 1, 5)
+# The qualifier begins as the target without its other layers. Of all choices of three these are the nearest to
+# the target before any training: 0.45 nats, and the same best token in 55% of places.
+KEPT_LAYERS = (0, 2, 5)
 
 
 def build_model(tier: str, seed: int) -> LlamaForCausalLM:
