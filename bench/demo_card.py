@@ -23,6 +23,20 @@ def write_card(report: dict[str, Any], folder: Path) -> None:
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
+def add_completions(report: dict[str, Any], folder: Path) -> None:
+    """Put the part on completions into a card that is there, in the place of an earlier one."""
+    path = folder / "README.md"
+    head, mark, rest = path.read_text(encoding="utf-8").partition("## Completions\n")
+    if mark:
+        rest = rest[rest.index("\n## ") + 1 :]
+    else:
+        head, mark, rest = head.partition("## Data and training\n")
+        if not mark:
+            raise ValueError(f"{path}: expected a part '## Data and training' to put the completions before")
+        rest = mark + rest
+    path.write_text(head + "\n".join([*completions_part(report), ""]) + rest, encoding="utf-8")
+
+
 def model_card(report: dict[str, Any]) -> str:
     """Return the card as Markdown."""
     parts = (tiers_part, agreement_part, completions_part, data_part, licences_part, limits_part)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import pyramid_rt
-from bench.demo_card import PAIRS, write_card
+from bench.demo_card import PAIRS, add_completions
 from bench.demo_corpus import Corpus, Tokens, load_corpus, texts
 from pyramid_rt.methods import METHODS
 
@@ -288,7 +288,7 @@ def measure_rows(models: dict[str, Any], rows: torch.Tensor, prompt: int) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the completions of a pyramid, add them to its results and write its card anew."""
+    """Measure the completions of a pyramid and add them to its results and its card."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo_eval", description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("pyramid_rt/demo"))
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where the corpus is kept")
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = json.loads(options.results.read_text(encoding="utf-8"))
     report["completions"] = measure_completions(options.weights, corpus, options.prefixes, options.seed)
     options.results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    write_card(report, options.weights)
+    add_completions(report, options.weights)
     return 0
 
 

@@ -53,7 +53,7 @@ SHAPES = {
     "draft": {"hidden": 128, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 384},
 }
 # The qualifier begins as the target without its other layers. Of all choices of three these are the nearest to
-# the target before any training: 0.45 nats, and the same best token in 55% of places.
+# the target before any training: 0.49 nats, and the same best token in half of all places.
 KEPT_LAYERS = (0, 2, 5)
 
 

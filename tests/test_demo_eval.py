@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codeop
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import demo_eval
-from bench.demo_card import PAIRS, TIERS, model_card
+from bench.demo_card import PAIRS, TIERS, add_completions, model_card, write_card
 from bench.demo_eval import (
     ALLOW_INCOMPLETE_INPUT,
     Verdict,
@@ -219,3 +220,14 @@ def test_the_card_says_what_was_measured() -> None:
     assert "    python -m bench.train_demo\n" in card
     without = {key: value for key, value in report().items() if key != "completions"}
     assert "## Completions" not in model_card(without)
+
+
+def test_completions_come_into_a_card_once(tmp_path: Path) -> None:
+    whole = report()
+    write_card({key: value for key, value in whole.items() if key != "completions"}, tmp_path)
+    for _ in range(2):
+        add_completions(whole, tmp_path)
+        assert (tmp_path / "README.md").read_text(encoding="utf-8") == model_card(whole)
+    (tmp_path / "README.md").write_text("# Another card\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="Data and training"):
+        add_completions(whole, tmp_path)
