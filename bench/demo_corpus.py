@@ -1,23 +1,27 @@
 """Text and tokens of the demo models: what they are trained on, and what they are measured on.
 
-The corpus is the standard library of the running Python. Its tests are left out, and so are
-generated tables (character maps, help topics, build settings), which are data rather than code.
-The measurements and the model card are here too, because both are about this text.
+The corpus is the standard library of the running Python and the packages of `demo_packages`. Of the
+library, tests are left out, and so are generated tables (character maps, help topics, build settings),
+which are data rather than code.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
+import platform
 import sysconfig
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bench import demo_packages
+from bench.demo_packages import PACKAGES, fetch_packages, select, wheel_sources
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -30,20 +34,23 @@ SKIPPED_DIRS = frozenset(
 # a prompt ending in "def " or in an indented new line ends exactly where a training token does.
 PIECES = r"(?:\r?\n[ \t]*)+|[\p{L}_]+ ?|\p{N}{1,3} ?|[^\s\p{L}\p{N}_]+ ?|\s+"
 
-PAIRS = (("draft", "target"), ("qualifier", "target"), ("draft", "qualifier"))
-TIERS = ("target", "qualifier", "draft")
-
 Tokens = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokenizer with the training and held-out token streams, documents joined by EOS (id 0)."""
+    """The tokenizer and the token streams, documents joined by EOS (id 0).
+
+    ``train`` begins with ``library_tokens`` tokens of the standard library; the packages follow.
+    ``held_out`` is of the standard library alone, ``held_out_packages`` of the packages.
+    """
 
     tokenizer: Tokenizer
     train: Tokens
+    library_tokens: int
     held_out: Tokens
-    facts: dict[str, int]
+    held_out_packages: Tokens
+    facts: dict[str, Any]
 
 
 def source_files(root: Path) -> list[Path]:
@@ -130,149 +137,82 @@ def split_trailing_spaces(tokenizer: Tokenizer, stream: Tokens, rate: float, see
 
 
 def load_corpus(work: Path, seed: int) -> Corpus:
-    """Read the standard library, train or reload the tokenizer in ``work`` and encode both streams."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train_docs, held_docs = read_documents(root)
+    """Read the standard library and the packages, train or reload the tokenizer, encode all streams.
+
+    The packages, the tokenizer and the streams are kept in ``work``; streams of another seed, Python
+    or list of packages are made anew.
+    """
+    train_docs, held_docs = read_documents(Path(sysconfig.get_paths()["stdlib"]))
     saved = work / "tokenizer.json"
     if saved.exists():
         tokenizer = Tokenizer.from_file(str(saved))
     else:
         tokenizer = train_tokenizer(train_docs)
         tokenizer.save(str(saved))
-    train = split_trailing_spaces(tokenizer, encode(tokenizer, train_docs), SPLIT_RATE, seed)
-    held_out = encode(tokenizer, held_docs)
+    rules = (Path(__file__).read_bytes(), Path(demo_packages.__file__).read_bytes(), saved.read_bytes())
+    key = hashlib.sha256(b"".join(rules) + f"{platform.python_version()} {seed}".encode()).hexdigest()[:16]
+    path = work / f"corpus-{key}.npz"
+    if not path.exists():
+        write_streams(path, tokenizer, train_docs, held_docs, fetch_packages(work / "packages"), seed)
+    with np.load(path) as streams:
+        facts = json.loads(str(streams["facts"]))
+        return Corpus(
+            tokenizer,
+            np.concatenate([streams["library"], streams["packages"]]),
+            len(streams["library"]),
+            streams["held_out"],
+            streams["held_out_packages"],
+            facts,
+        )
+
+
+def write_streams(
+    path: Path,
+    tokenizer: Tokenizer,
+    train_docs: list[str],
+    held_docs: list[str],
+    wheels: list[Path],
+    seed: int,
+) -> None:
+    """Encode the standard library and the chosen files of the packages, and save them with the facts."""
+    chosen, held = select(map(wheel_sources, wheels), train_docs, held_docs)
+    library = split_trailing_spaces(tokenizer, encode(tokenizer, train_docs), SPLIT_RATE, seed)
+    packages, rows = [], []
+    for number, (sources, (name, version, licence)) in enumerate(zip(chosen, PACKAGES, strict=True)):
+        stream = encode(tokenizer, [s.text for s in sources])
+        packages.append(split_trailing_spaces(tokenizer, stream, SPLIT_RATE, seed + 1 + number)[1:])
+        size = sum(len(s.text.encode()) for s in sources)
+        rows.append(
+            {"name": name, "version": version, "licence": licence, "files": len(sources), "bytes": size}
+            | {"tokens": len(packages[-1])}
+        )
+        print(rows[-1], flush=True)
+    held_out, held_out_packages = encode(tokenizer, held_docs), encode(tokenizer, [s.text for s in held])
     facts = {
         "train_files": len(train_docs),
         "train_bytes": sum(len(text.encode()) for text in train_docs),
-        "train_tokens": len(train),
+        "train_tokens": len(library),
         "held_out_files": len(held_docs),
         "held_out_bytes": sum(len(text.encode()) for text in held_docs),
         "held_out_tokens": len(held_out),
+        "held_out_package_files": len(held),
+        "held_out_package_bytes": sum(len(s.text.encode()) for s in held),
+        "held_out_package_tokens": len(held_out_packages),
+        "packages": rows,
     }
-    return Corpus(tokenizer, train, held_out, facts)
-
-
-@torch.no_grad()
-def measure_held_out(models: dict[str, Any], stream: Tokens, text_bytes: int, window: int) -> dict[str, Any]:
-    """Measure loss per tier, and agreement per pair of tiers, over the whole held-out stream.
-
-    Windows share one token, so every token but the first is predicted once. ``agreement`` is the
-    share of places with the same most likely token; ``overlap`` is the mean of the sum over the
-    vocabulary of min(p, q), the chance that speculative sampling at temperature 1 keeps a token.
-    """
-    nats = dict.fromkeys(models, 0.0)
-    same = dict.fromkeys(PAIRS, 0)
-    overlap = dict.fromkeys(PAIRS, 0.0)
-    for start in range(0, len(stream) - 1, window):
-        row = torch.from_numpy(stream[start : start + window + 1].astype(np.int64))
-        logs = {
-            tier: torch.log_softmax(model(input_ids=row[None, :-1]).logits[0], dim=-1)
-            for tier, model in models.items()
-        }
-        for tier, log in logs.items():
-            nats[tier] -= float(log.gather(1, row[1:, None]).sum())
-        for pair in PAIRS:
-            first, second = logs[pair[0]], logs[pair[1]]
-            same[pair] += int((first.argmax(-1) == second.argmax(-1)).sum())
-            overlap[pair] += float(torch.minimum(first, second).exp().sum())
-    count = len(stream) - 1
-    return {
-        "nats_per_token": {tier: round(total / count, 4) for tier, total in nats.items()},
-        "bits_per_byte": {tier: round(total / math.log(2) / text_bytes, 4) for tier, total in nats.items()},
-        "agreement": {"/".join(pair): round(same[pair] / count, 4) for pair in PAIRS},
-        "overlap": {"/".join(pair): round(overlap[pair] / count, 4) for pair in PAIRS},
-    }
-
-
-@torch.no_grad()
-def measure_rows(models: dict[str, Any], rows: torch.Tensor, prompt: int) -> dict[str, float]:
-    """Return the greedy agreement per pair of tiers on the part of ``rows`` after the prompt."""
-    best = {
-        tier: torch.cat([model(input_ids=row[None, :-1]).logits.argmax(-1) for row in rows])[:, prompt - 1 :]
-        for tier, model in models.items()
-    }
-    return {"/".join(p): round(float((best[p[0]] == best[p[1]]).float().mean()), 4) for p in PAIRS}
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """Write the model card from the measurements."""
-    held, corpus = report["held_out"], report["corpus"]
-    lines = [
-        "# The demo pyramid",
-        "",
-        "Three small Llama models of one family for `pyramid_rt`: they make the runtime usable and testable",
-        "without a download. They continue Python source code. They are a toy: their text looks like code,",
-        "repeats itself and does not work. Do not use it for anything real.",
-        "",
-        "| tier | hidden | layers | heads (kv) | parameters | file | held-out nats/token | bits/byte |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for tier in TIERS:
-        size = report["tiers"][tier]
-        lines.append(
-            f"| {tier} | {size['hidden']} | {size['layers']} | {size['heads']} ({size['kv_heads']}) "
-            f"| {size['parameters'] / 1e6:.2f} M | {size['file_bytes'] / 1e6:.1f} MB "
-            f"| {held['nats_per_token'][tier]:.3f} | {held['bits_per_byte'][tier]:.3f} |"
-        )
-    lines += [
-        "",
-        "Head size 64, tied embeddings, RMSNorm epsilon 1e-5, RoPE base 10000, 1024 positions, bfloat16.",
-        "The tokenizer is a byte-level BPE of 4096 tokens with one special token, `<|endoftext|>` (id 0),",
-        "which ends a document; no token is added in front of a text.",
-        "",
-        "## Agreement",
-        "",
-        "The share of places at which two tiers have the same most likely token, given the same text before",
-        "it. The last column is the chance that speculative sampling at temperature 1 keeps a token",
-        "(the mean of the sum of min(p, q)) on held-out text.",
-        "",
-        "| pair | held-out | target, greedy | target, temperature 0.8 | kept, held-out |",
-        "|---|---|---|---|---|",
-    ]
-    for pair in map("/".join, PAIRS):
-        lines.append(
-            f"| {pair} | {held['agreement'][pair]:.3f} | {report['own_greedy'][pair]:.3f} "
-            f"| {report['own_sampled'][pair]:.3f} | {held['overlap'][pair]:.3f} |"
-        )
-    return "\n".join(lines + card_sources(report, corpus))
-
-
-def card_sources(report: dict[str, Any], corpus: dict[str, int]) -> list[str]:
-    """Return the lines of the card on data, training, licences and limits."""
-    spent = ", ".join(f"{name} {minutes:g}" for name, minutes in report["minutes"].items())
-    seen = "; ".join(
-        f"{name} {stage['steps']} steps, {stage['tokens'] / 1e6:.2f} M tokens"
-        for name, stage in report["stages"].items()
+    partial = path.with_suffix(".partial.npz")
+    np.savez(
+        partial,
+        library=library,
+        packages=np.concatenate(packages),
+        held_out=held_out,
+        held_out_packages=held_out_packages,
+        facts=np.array(json.dumps(facts)),
     )
-    return [
-        "",
-        "## Data and training",
-        "",
-        f"The source of the standard library of Python {report['python']} without its tests, character maps",
-        f"and help topics: {corpus['train_files']} files, {corpus['train_bytes'] / 1e6:.1f} MB, "
-        f"{corpus['train_tokens'] / 1e6:.2f} M tokens.",
-        f"{corpus['held_out_files']} more files ({corpus['held_out_bytes'] / 1e6:.2f} MB, "
-        f"{corpus['held_out_tokens']} tokens), chosen by a hash of their path, were held out",
-        "of the training; the figures above are from them, after rounding the weights to bfloat16. One of",
-        "them, `locale.py`, is a quarter of these tokens and mostly a table of names.",
-        "",
-        "The target was trained with cross entropy; the qualifier and the draft were then distilled from its",
-        "distributions (forward KL, a quarter of it on text that the target sampled). Hardware: "
-        f"{report['hardware']}.",
-        f"Minutes per stage: {spent}. Seen: {seen}.",
-        "The schedule follows wall time: another machine gives other weights.",
-        "",
-        f"    {report['command']}",
-        "",
-        "## Licences",
-        "",
-        "The weights and tokenizers: Apache-2.0, like the project. The text they were trained on is licensed",
-        "under the PSF License Version 2 (PSF-2.0); it is not part of this folder.",
-        "",
-        "## Limits",
-        "",
-        "Trained for an hour on few tokens: greedy text soon repeats itself, names and calls are made up,",
-        "and passages may come out as they stand in the standard library. Contexts beyond 1024 tokens were",
-        "never seen. Agreement between the tiers is that of this narrow domain and says little about others.",
-        "",
-    ]
+    partial.replace(path)
+
+
+def texts(tokenizer: Tokenizer, stream: Tokens) -> list[str]:
+    """Return the documents of a stream that `encode` made."""
+    ends = np.flatnonzero(stream == 0)
+    return [tokenizer.decode(stream[a + 1 : b].tolist()) for a, b in pairwise(ends)]

@@ -2,14 +2,16 @@
 
 Every worker process computes on one thread with its share of each batch; weights and gradients are
 in shared memory. This loses less to other load on the machine than threads that wait for each other
-in every operation. A stage lasts a given wall time, saves its state every two minutes and goes on from
-there when it is run again.
+in every operation. A stage lasts a given number of tokens, so neither the speed of the machine nor a
+pause changes it; it saves its state every few minutes and goes on from there when it is run again.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,15 +23,33 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from bench.demo_corpus import (
-    Tokens,
-)
+from bench.demo_corpus import Corpus, Tokens
 
 WINDOW = 512
-TOKENS_PER_STEP = 4096
-SAVE_SECONDS = 120.0
+TOKENS_PER_STEP = 8192
+SAVE_SECONDS = 240.0  # of the processor's time, so that a starved run does not mostly save
+LONGEST_STEP = 60.0  # seconds; what goes beyond was a pause of the process and does not count as spent
 LOG_STEPS = 20
 PEAK_LR = 3e-3
+WARM_TOKENS = 400_000
+DECAY_SHARE = 0.25
+LIBRARY_SHARE = 0.2  # of the windows that are drawn, from the standard library
+
+
+def schedule(tokens: int, total: int, previous: float, step_tokens: int) -> float:
+    """Return the learning rate of a step as a share of the peak: warm-up, constant, linear decay to 0.
+
+    ``tokens`` of ``total`` were seen before the step, the one before ran at ``previous``. The last
+    `DECAY_SHARE` of the tokens decay. The share never rises by more than 1 in `WARM_TOKENS`, so a
+    run that is extended after its decay warms up again, and raising ``total`` before the decay has
+    begun changes nothing but its beginning.
+    """
+    left = max(0, total - tokens) / (DECAY_SHARE * total)
+    return min(1.0, left, previous + step_tokens / WARM_TOKENS)
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT); its state is saved."""
 
 
 class Team:
@@ -39,25 +59,47 @@ class Team:
         self.size = size
         self.rank = 0
         self.context = multiprocessing.get_context("fork")
-        self.barrier = self.context.Barrier(size)
+        self.doors = [[self.context.Semaphore(0) for _ in range(size)] for _ in range(size)]
         self.control = torch.zeros(2, dtype=torch.float64).share_memory_()
+        self.leader = os.getpid()
+        self.others: list[Any] = []
 
     def wait(self) -> None:
-        """Wait until all workers are here; a worker that lost its team stops after ten minutes."""
-        self.barrier.wait(timeout=600)
+        """Wait until all workers are here, however long: a pause of the machine does not break the team.
+
+        Each worker opens a door for every other one and passes one of each. Raises RuntimeError if
+        another worker has ended.
+        """
+        for other in range(self.size):
+            if other != self.rank:
+                self.doors[self.rank][other].release()
+        for other in range(self.size):
+            while other != self.rank and not self.doors[other][self.rank].acquire(timeout=5.0):
+                self.check()
+
+    def check(self) -> None:
+        """Raise RuntimeError if a worker that this one can see has ended."""
+        if self.rank and os.getppid() != self.leader:
+            raise RuntimeError("worker 0 has ended")
+        if not self.rank and any(process.exitcode is not None for process in self.others):
+            raise RuntimeError("a worker has ended early")
 
     def run(self, work: Callable[[], None]) -> None:
         """Run ``work`` in all workers and return when all are done."""
 
         def enter(rank: int) -> None:
             self.rank = rank
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # worker 0 decides when all stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             work()
 
-        others = [self.context.Process(target=enter, args=(r,), daemon=True) for r in range(1, self.size)]
-        for process in others:
+        self.others = [
+            self.context.Process(target=enter, args=(r,), daemon=True) for r in range(1, self.size)
+        ]
+        for process in self.others:
             process.start()
         work()
-        for process in others:
+        for process in self.others:
             process.join()
             if process.exitcode != 0:
                 raise RuntimeError(f"a worker ended with exit code {process.exitcode}")
@@ -98,8 +140,8 @@ class Optimizer:
             ),
         ]
 
-    def step(self, progress: float) -> None:
-        """Clip the mean gradient and update with the learning rate of this share of the planned time."""
+    def step(self, rate: float) -> None:
+        """Clip the mean gradient and update at this share of the peak learning rate."""
         rank, size = self.team.rank, self.team.size
         own = self.gradients[rank]
         self.team.wait()
@@ -113,11 +155,9 @@ class Optimizer:
         scale = min(1.0, 1.0 / (math.sqrt(float(self.norms.sum())) + 1e-6))
         for index in self.mine:
             own[index].mul_(scale)
-        warm = min(1.0, (progress + 1e-3) / 0.02)
-        rate = PEAK_LR * warm * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = PEAK_LR * rate
             part.step()
         for gradient in own:
             gradient.zero_()
@@ -135,16 +175,21 @@ class Optimizer:
 
 @dataclass
 class Stage:
-    """Position of one training stage: steps, wall seconds and tokens so far, kept across restarts."""
+    """Position of one training stage, kept across restarts.
+
+    ``total`` and ``tokens`` count training tokens, planned and seen; ``spent`` are seconds of work
+    without pauses; ``rate`` is the last step's share of the peak learning rate.
+    """
 
     name: str
     work: Path
-    seconds: float
+    total: int
     team: Team
     models: dict[str, LlamaForCausalLM]
     step: int = 0
     spent: float = 0.0
     tokens: int = 0
+    rate: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -156,6 +201,7 @@ class Stage:
                 model.load_state_dict(state["models"][tier])
             self.step, self.spent, self.tokens = state["position"]
             self.history = state["history"]
+            self.rate = state.get("rate", 0.0)
         self.optimizers = {tier: Optimizer(model, self.team) for tier, model in self.models.items()}
 
     def own_path(self) -> Path:
@@ -178,6 +224,7 @@ class Stage:
                 "models": {tier: model.state_dict() for tier, model in self.models.items()},
                 "position": (self.step, self.spent, self.tokens),
                 "history": self.history,
+                "rate": self.rate,
             }
             write_whole(self.work / f"{self.name}.pt", state)
 
@@ -216,61 +263,102 @@ StepLoss = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 def run_stage(
     stage: Stage, step_loss: StepLoss, windows: Callable[[int], torch.Tensor], held: Tokens
 ) -> None:
-    """Train all models of a stage until its wall time is used up, logging and saving on the way."""
-    if stage.spent < stage.seconds:
-        stage.team.run(lambda: work_on_stage(stage, step_loss, windows, held))
+    """Train all models of a stage until its tokens are used up, logging and saving on the way.
+
+    SIGTERM or SIGINT ends it early with its state saved, by raising Stopped.
+    """
+    if stage.tokens >= stage.total:
+        return
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: asked.append(1))
+    try:
+        stage.team.run(lambda: work_on_stage(stage, step_loss, windows, held, asked))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stage.tokens < stage.total:
+        raise Stopped(f"{stage.name}: stopped after {stage.tokens} of {stage.total} tokens; state saved")
 
 
 def work_on_stage(
-    stage: Stage, step_loss: StepLoss, windows: Callable[[int], torch.Tensor], held: Tokens
+    stage: Stage,
+    step_loss: StepLoss,
+    windows: Callable[[int], torch.Tensor],
+    held: Tokens,
+    asked: list[int],
 ) -> None:
-    """Train as one worker of the team; worker 0 keeps the time, logs and measures."""
+    """Train as one worker of the team; worker 0 watches for the wish to stop, logs and measures."""
     team, control = stage.team, stage.team.control
     stage.join()
-    last_save = last_log = begin = time.monotonic()
-    before, logged_tokens = stage.spent, stage.tokens
-    while True:
+    last = time.monotonic()
+    saved, logged = time.process_time(), (stage.spent, stage.tokens)
+    while stage.tokens < stage.total:
         if team.rank == 0:
-            control[0] = stage.spent / stage.seconds
-            control[1] = float(time.monotonic() - last_save > SAVE_SECONDS)
+            control[0] = float(bool(asked))
+            control[1] = float(time.process_time() - saved > SAVE_SECONDS)
         team.wait()
-        progress, due = control.tolist()
+        stop, due = control.tolist()
         team.wait()
-        if progress >= 1.0:
+        if stop:
             break
         if due:
             if team.rank == 0:
-                record = {tier: held_out_loss(model, held) for tier, model in stage.models.items()}
-                stage.history.append({"step": stage.step, "minutes": stage.spent / 60, **record})
-                print(f"{stage.name} step {stage.step} held-out {record}", flush=True)
+                note_held_out(stage, held)
             stage.save()
-            last_save = time.monotonic()
+            saved = time.process_time()
         rows = windows(stage.step)
+        count = rows.shape[0] * (rows.shape[1] - 1)
+        stage.rate = schedule(stage.tokens, stage.total, stage.rate, count)
         losses = step_loss(rows[team.rank :: team.size])
         for loss in losses.values():
             loss.backward()
         for optimizer in stage.optimizers.values():
-            optimizer.step(progress)
+            optimizer.step(stage.rate)
         stage.step += 1
-        stage.tokens += rows.shape[0] * (rows.shape[1] - 1)
+        stage.tokens += count
         now = time.monotonic()
-        stage.spent = before + now - begin
+        stage.spent += min(now - last, LONGEST_STEP)
+        last = now
         if stage.step % LOG_STEPS == 0 and team.rank == 0:
-            rate = (stage.tokens - logged_tokens) / (now - last_log)
+            speed = (stage.tokens - logged[1]) / (stage.spent - logged[0])
             shown = " ".join(f"{tier} {float(loss.detach()):.3f}" for tier, loss in losses.items())
             print(
-                f"{stage.name} step {stage.step} {stage.spent / 60:.1f} min {rate:.0f} tok/s {shown}",
+                f"{time.strftime('%H:%M', time.gmtime())} {stage.name} step {stage.step} "
+                f"{stage.tokens / 1e6:.2f} of {stage.total / 1e6:g} M tokens, {stage.spent / 60:.1f} min, "
+                f"{speed:.0f} tok/s, rate {stage.rate:.2f}: {shown}",
                 flush=True,
             )
-            last_log, logged_tokens = now, stage.tokens
+            logged = (stage.spent, stage.tokens)
+    if team.rank == 0:
+        note_held_out(stage, held)
     stage.save()
 
 
-def training_windows(stream: Tokens, seed: int) -> Callable[[int], torch.Tensor]:
-    """Return the batch of each step: windows of 512 tokens, at every fifth step of 1024."""
+def note_held_out(stage: Stage, held: Tokens) -> None:
+    """Add the held-out loss of every model to the stage's history."""
+    record = {tier: held_out_loss(model, held) for tier, model in stage.models.items()}
+    stage.history.append({"step": stage.step, "tokens": stage.tokens, "minutes": stage.spent / 60, **record})
+    print(f"{stage.name} step {stage.step} held-out {record}", flush=True)
+
+
+def training_windows(corpus: Corpus, seed: int, longest: int = 2 * WINDOW) -> Callable[[int], torch.Tensor]:
+    """Return the batch of each step: windows of 512 tokens, at every fifth step of ``longest``.
+
+    One in five comes from the standard library, the others from the packages.
+    """
+    library, packages = corpus.train[: corpus.library_tokens], corpus.train[corpus.library_tokens :]
 
     def windows(step: int) -> torch.Tensor:
-        length = 2 * WINDOW if step % 5 == 4 else WINDOW
-        return draw_windows(stream, TOKENS_PER_STEP // length, length, seed, step)
+        length = longest if step % 5 == 4 else WINDOW
+        count = TOKENS_PER_STEP // length
+        share = np.random.default_rng([seed, step, 1]).binomial(count, LIBRARY_SHARE)
+        rows = [draw_windows(library, share, length, seed, step)] if share else []
+        if share < count:
+            rows.append(draw_windows(packages, count - share, length, seed + 1_000_000, step))
+        # Interleaved below the workers by a stride, so the order must not follow the source.
+        order = np.random.default_rng([seed, step, 2]).permutation(count)
+        return torch.cat(rows)[torch.from_numpy(order)]
 
     return windows
