@@ -7,7 +7,7 @@ WEIGHTS ?= weights/smollm2
 ARCHS ?= sm_89 sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test lint kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test lint kernels bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,11 @@ demo: $(VENV)/.runtime ## complete Python code with the embedded pyramid, then c
 demo-real: $(VENV)/.dev $(WEIGHTS)/pyramid.json ## fetch SmolLM2-135M-Instruct and answer a chat question
 	@$(BIN)/pyramid-rt generate --weights $(WEIGHTS) --method ar --chat --max-new-tokens 120 \
 		"What is the capital of France, and what is it known for?"
+
+# Resumes where it was stopped; see the model card for what it takes.
+train-demo: $(VENV)/.dev ## train the demo pyramid anew (hours), then find its defaults
+	@$(BIN)/python -m bench.train_demo
+	@$(BIN)/pyramid-rt tune pyramid_rt/demo --prompts bench/demo_prompts.txt
 
 # Threads that spin while they wait make a loaded machine crawl (2 tokens/s instead of 70 were seen).
 test demo-real: export OMP_WAIT_POLICY ?= passive

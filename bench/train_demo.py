@@ -44,9 +44,8 @@ OWN_SHARE = 0.5  # of the students' batches, text that the target wrote
 HELD_OUT_PREFIXES = 96
 PACKAGE_TOKENS = 100_000  # of the packages' held-out stream, for loss and agreement
 
-# For `pyramid.json`: the fastest of a few dozen combinations tried on two CPU cores. The pyramid is too flat for
-# its qualifier to pay there, so two tiers are the default; the other values serve those who ask for three.
-DEFAULTS = {"method": "sd", "draft_length": 3, "qualifier_length": 4, "qualifier_threshold": 0.1}
+# For `pyramid.json` until `pyramid-rt tune` has found better ones.
+DEFAULTS = {"method": "sd", "draft_length": 4, "qualifier_length": 6, "qualifier_threshold": 0.1}
 SHAPES = {
     "target": {"hidden": 384, "layers": 6, "heads": 6, "kv_heads": 2, "intermediate": 1024},
     "qualifier": {"hidden": 384, "layers": 3, "heads": 6, "kv_heads": 2, "intermediate": 1024},
@@ -278,7 +277,7 @@ def write_list(out: Path) -> None:
 
 
 def parse_amounts(text: str) -> dict[str, int]:
-    """Parse "target=26,own=1,students=6", millions of tokens, into tokens."""
+    """Parse "target=14,own=1,students=6", millions of tokens, into tokens."""
     pairs = (part.partition("=") for part in text.split(","))
     return {name: round(float(value) * 1e6) for name, _, value in pairs}
 
@@ -294,7 +293,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens",
         type=parse_amounts,
-        default="target=26,own=1,students=8",
+        default="target=14,own=1,students=6",
         help="millions of tokens: the target's training, its own text, the students' (default: %(default)s)",
     )
     parser.add_argument("--only", choices=("target",), help="end after this stage")
