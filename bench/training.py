@@ -312,8 +312,8 @@ def work_on_stage(
         count = rows.shape[0] * (rows.shape[1] - 1)
         stage.rate = schedule(stage.tokens, stage.total, stage.rate, count)
         losses = step_loss(rows[team.rank :: team.size])
-        for loss in losses.values():
-            loss.backward()
+        # Once for all: a compiled step's gradients are one graph. The models share no weight that is trained.
+        torch.stack(list(losses.values())).sum().backward()
         for optimizer in stage.optimizers.values():
             optimizer.step(stage.rate)
         stage.step += 1
