@@ -35,6 +35,7 @@ from pyramid_rt.kernels.common import (
     check_tensor,
     interpreted,
     live_word,
+    runner,
     tiles,
 )
 
@@ -389,21 +390,4 @@ def plan(
     )
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    out: Tensor,
-    space: Workspace,
-    *,
-    length: int,
-    kv_bound: int,
-    config: AttentionConfig,
-    ancestors: Tensor | None = None,
-    live: Tensor | None = None,
-) -> None:
-    """`plan` and launch: writes out[:length], allocates nothing."""
-    plan(
-        q, k, v, start, out, space, length=length, kv_bound=kv_bound, config=config, ancestors=ancestors, live=live
-    ).run()  # fmt: skip
+run = runner(plan)

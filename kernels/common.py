@@ -8,10 +8,10 @@ their splits. So a row's bits depend neither on T nor on its place in the window
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import triton
@@ -31,6 +31,8 @@ LISTED = tl.constexpr(1)
 PLACED = tl.constexpr(2)
 # Channels that share one partial sum of squares.
 CHANNELS = 64
+
+P = ParamSpec("P")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +68,15 @@ class Launch:
     def warmup(self) -> Any:
         """Compile it as `run` would, without starting it; the compiled kernel."""
         return self.kernel.warmup(*self.args, grid=self.grid, **self.kwargs)
+
+
+def runner(plan: Callable[P, Launch]) -> Callable[P, None]:
+    """The function that plans a launch and starts it at once: arguments and errors as those of `plan`."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        plan(*args, **kwargs).run()
+
+    return run
 
 
 @dataclass(frozen=True, slots=True)

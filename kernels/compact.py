@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.common import DTYPES, WINDOW, Launch, check_scalar, check_tensor
+from pyramid_rt.kernels.common import DTYPES, WINDOW, Launch, check_scalar, check_tensor, runner
 
 
 @triton.jit
@@ -100,6 +100,4 @@ def plan(
     )
 
 
-def run(cache: Tensor, tokens: Tensor | None, start: Tensor, path: Tensor, count: Tensor) -> None:
-    """`plan` and launch: moves rows of `cache` and `tokens` in place, allocates nothing."""
-    plan(cache, tokens, start, path, count).run()
+run = runner(plan)

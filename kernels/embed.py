@@ -18,6 +18,7 @@ from pyramid_rt.kernels.common import (
     check_length,
     check_tensor,
     live_word,
+    runner,
     tiles,
     tree_sum,
 )
@@ -111,15 +112,4 @@ def plan(
     )
 
 
-def run(
-    table: Tensor,
-    tokens: Tensor,
-    length: int,
-    out: Tensor,
-    sumsq: Tensor,
-    start: Tensor | None = None,
-    *,
-    live: Tensor | None = None,
-) -> None:
-    """Gather the window's rows; arguments as `plan`."""
-    plan(table, tokens, length, out, sumsq, start, live=live).run()
+run = runner(plan)

@@ -28,6 +28,7 @@ from pyramid_rt.kernels.common import (
     product_grid,
     product_options,
     round_to,
+    runner,
     split_pairs,
     tile_log2,
     tiles,
@@ -180,19 +181,4 @@ def plan(
     )
 
 
-def run(
-    x: Tensor,
-    sumsq: Tensor,
-    norm: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    length: int,
-    out: Tensor,
-    workspace: Workspace,
-    config: ProjectionConfig,
-    *,
-    live: Tensor | None = None,
-) -> None:
-    """Normalise, project and multiply; arguments as `plan`."""
-    plan(x, sumsq, norm, eps, weight, bias, length, out, workspace, config, live=live).run()
+run = runner(plan)

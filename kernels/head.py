@@ -32,6 +32,7 @@ from pyramid_rt.kernels.common import (
     product_grid,
     product_options,
     round_to,
+    runner,
     tile_log2,
     tiles,
     tree_sum,
@@ -350,20 +351,4 @@ def plan(
     )
 
 
-def run(
-    x: Tensor,
-    sumsq: Tensor,
-    norm: Tensor,
-    eps: float,
-    weight: Tensor,
-    rows: Tensor | Placement,
-    vocab_size: int,
-    out: Tensor,
-    statistics: TileStatistics,
-    noise: Noise | None,
-    config: ProjectionConfig,
-    *,
-    live: Tensor | None = None,
-) -> None:
-    """Normalise and project chosen rows onto the vocabulary; arguments as `plan`."""
-    plan(x, sumsq, norm, eps, weight, rows, vocab_size, out, statistics, noise, config, live=live).run()
+run = runner(plan)

@@ -27,6 +27,7 @@ from pyramid_rt.kernels.common import (
     product_grid,
     product_options,
     round_to,
+    runner,
     tiles,
     tree_sum,
 )
@@ -176,18 +177,4 @@ def plan(
     )
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    length: int,
-    out: Tensor,
-    sumsq: Tensor,
-    workspace: Workspace,
-    config: ProjectionConfig,
-    *,
-    live: Tensor | None = None,
-) -> None:
-    """Project onto the residual stream; arguments as `plan`."""
-    plan(x, weight, bias, residual, length, out, sumsq, workspace, config, live=live).run()
+run = runner(plan)

@@ -31,6 +31,7 @@ from pyramid_rt.kernels.common import (
     product_grid,
     product_options,
     round_to,
+    runner,
     split_pairs,
     tile_log2,
     tiles,
@@ -251,25 +252,4 @@ def plan(
     )
 
 
-def run(
-    x: Tensor,
-    sumsq: Tensor,
-    norm: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    rotary: Tensor,
-    start: Tensor,
-    length: int,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    workspace: Workspace,
-    config: ProjectionConfig,
-    *,
-    live: Tensor | None = None,
-) -> None:
-    """Normalise, project, rotate and write; arguments as `plan`."""
-    plan(
-        x, sumsq, norm, eps, weight, bias, rotary, start, length, q, k_cache, v_cache, workspace, config, live=live
-    ).run()  # fmt: skip
+run = runner(plan)
