@@ -30,8 +30,9 @@ from bench.compile_manifest import Kernel, Manifest, compare, load, save
 if TYPE_CHECKING:
     import torch
 
-    from pyramid_rt.kernels.common import Launch, Workspace
+    from pyramid_rt.kernels.common import Launch
     from pyramid_rt.kernels.configs import Op, ProjectionConfig
+    from pyramid_rt.kernels.product import Workspace
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -103,8 +104,8 @@ def _projection(
     """Shipped configuration, workspace and gate of a product with a weight matrix [rows, width]."""
     import torch
 
-    from pyramid_rt.kernels.common import Workspace, counter_elements, partial_elements
     from pyramid_rt.kernels.configs import projection_config
+    from pyramid_rt.kernels.product import Workspace, counter_elements, partial_elements
 
     config = projection_config(op, arch, rows, width, dtype)
     space = Workspace.allocate(

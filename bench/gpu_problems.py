@@ -17,14 +17,9 @@ from torch import Tensor
 
 from bench import gpu_oracle as oracle
 from pyramid_rt.kernels import embed, gate_up, project, qkv, reference
-from pyramid_rt.kernels.common import (
-    WINDOW,
-    Launch,
-    Workspace,
-    counter_elements,
-    partial_elements,
-)
+from pyramid_rt.kernels.common import WINDOW, Launch
 from pyramid_rt.kernels.configs import ARCHITECTURES, Op, ProjectionConfig, projection_config
+from pyramid_rt.kernels.product import Workspace, counter_elements, partial_elements
 
 ROWS = 2 * WINDOW - 1
 EPS = 1e-5

@@ -20,8 +20,8 @@ from pyramid_rt.kernels.common import (
     live_word,
     runner,
     tiles,
-    tree_sum,
 )
+from pyramid_rt.kernels.product import tree_sum
 
 
 # The window's length stays a run-time value: one binary serves every T.

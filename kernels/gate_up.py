@@ -16,24 +16,26 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
-    EVERY,
     WINDOW,
     Launch,
-    Workspace,
     check_length,
     check_tensor,
-    check_workspace,
     live_word,
+    runner,
+    tiles,
+)
+from pyramid_rt.kernels.configs import ProjectionConfig
+from pyramid_rt.kernels.product import (
+    EVERY,
+    Workspace,
+    check_workspace,
     product,
     product_grid,
     product_options,
     round_to,
-    runner,
     split_pairs,
     tile_log2,
-    tiles,
 )
-from pyramid_rt.kernels.configs import ProjectionConfig
 
 
 @triton.jit

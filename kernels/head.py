@@ -19,26 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.common import (
-    CHANNELS,
-    DTYPES,
+from pyramid_rt.kernels.common import CHANNELS, DTYPES, WINDOW, Launch, check_tensor, live_word, runner, tiles
+from pyramid_rt.kernels.configs import ProjectionConfig
+from pyramid_rt.kernels.noise import gumbel, philox_words
+from pyramid_rt.kernels.product import (
     LISTED,
     PLACED,
-    WINDOW,
-    Launch,
-    check_tensor,
-    live_word,
     product,
     product_grid,
     product_options,
     round_to,
-    runner,
     tile_log2,
-    tiles,
     tree_sum,
 )
-from pyramid_rt.kernels.configs import ProjectionConfig
-from pyramid_rt.kernels.noise import gumbel, philox_words
 
 # Entries of a logits row are padded to this many: 16 bytes, so that every row can be read in wide loads.
 PADDING = 4

@@ -15,23 +15,25 @@ from torch import Tensor
 from pyramid_rt.kernels.common import (
     CHANNELS,
     DTYPES,
-    EVERY,
     WINDOW,
     Launch,
-    Workspace,
     check_length,
     check_tensor,
-    check_workspace,
     live_word,
+    runner,
+    tiles,
+)
+from pyramid_rt.kernels.configs import ProjectionConfig
+from pyramid_rt.kernels.product import (
+    EVERY,
+    Workspace,
+    check_workspace,
     product,
     product_grid,
     product_options,
     round_to,
-    runner,
-    tiles,
     tree_sum,
 )
-from pyramid_rt.kernels.configs import ProjectionConfig
 
 
 @triton.jit

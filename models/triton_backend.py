@@ -17,18 +17,10 @@ from torch import Tensor
 from pyramid_rt.errors import UnsupportedModelError
 from pyramid_rt.kernels import attention, embed, gate_up, head, project, qkv
 from pyramid_rt.kernels.attention_configs import AttentionConfig, config_for
-from pyramid_rt.kernels.common import (
-    CHANNELS,
-    WINDOW,
-    Launch,
-    Workspace,
-    always,
-    counter_elements,
-    partial_elements,
-    tiles,
-)
+from pyramid_rt.kernels.common import CHANNELS, WINDOW, Launch, always, tiles
 from pyramid_rt.kernels.configs import ProjectionConfig, architecture, projection_config
 from pyramid_rt.kernels.head import Noise, Placement, TileStatistics
+from pyramid_rt.kernels.product import Workspace, counter_elements, partial_elements
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import SLACK_ROWS, KVCache, Llama, run_layers
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu_oracle import near
-from pyramid_rt.kernels.common import Workspace, counter_elements, partial_elements
 from pyramid_rt.kernels.configs import ProjectionConfig
+from pyramid_rt.kernels.product import Workspace, counter_elements, partial_elements
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 2, 7, 16, 17, 64)
