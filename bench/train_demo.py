@@ -1,4 +1,4 @@
-"""Train the demo pyramid: a target with cross entropy, then a qualifier and a draft distilled from it.
+"""Train the demo pyramid: a target with cross entropy, then a qualifier and a draft cut and distilled from it.
 
     python -m bench.train_demo
 
@@ -46,10 +46,11 @@ PACKAGE_TOKENS = 100_000  # of the packages' held-out stream, for loss and agree
 
 # For `pyramid.json` until `pyramid-rt tune` has found better ones.
 DEFAULTS = {"method": "sd", "draft_length": 4, "qualifier_length": 6, "qualifier_threshold": 0.1}
+HEAD_DIM = 64
 SHAPES = {
     "target": {"hidden": 384, "layers": 6, "heads": 6, "kv_heads": 2, "intermediate": 1024},
     "qualifier": {"hidden": 384, "layers": 3, "heads": 6, "kv_heads": 2, "intermediate": 1024},
-    "draft": {"hidden": 128, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 384},
+    "draft": {"hidden": 384, "layers": 2, "heads": 3, "kv_heads": 1, "intermediate": 192},
 }
 # The qualifier begins as the target without its other layers. Of all choices of three these are the nearest to
 # the target before any training: 0.49 nats, and the same best token in half of all places.
@@ -65,7 +66,7 @@ def build_model(tier: str, seed: int) -> LlamaForCausalLM:
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv_heads"],
-        head_dim=64,
+        head_dim=HEAD_DIM,
         intermediate_size=shape["intermediate"],
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
@@ -152,26 +153,93 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (goal.exp() * (goal - own)).sum(-1).mean()
 
 
-def build_students(target: LlamaForCausalLM, seed: int) -> dict[str, LlamaForCausalLM]:
-    """Build the draft afresh, and the qualifier from the target's embedding and the layers it keeps."""
+def build_qualifier(target: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    """Build the qualifier from the target's embedding and the layers it keeps."""
     qualifier = build_model("qualifier", seed)
-    state = {name: weight for name, weight in target.state_dict().items() if ".layers." not in name}
+    state = outside_layers(target)
     for number, kept in enumerate(KEPT_LAYERS):
         source = target.model.layers[kept].state_dict()
         state |= {f"model.layers.{number}.{name}": weight for name, weight in source.items()}
     qualifier.load_state_dict(state)
-    return {"qualifier": qualifier, "draft": build_model("draft", seed)}
+    return qualifier
 
 
-def train_students(
-    target: LlamaForCausalLM, corpus: Corpus, own_text: Tokens, team: Team, args: argparse.Namespace
+def build_draft(target: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    """Build the draft from the target's embedding and the two parts of layers by which it copies.
+
+    A part is one KV head with its query heads, and of the layer's MLP the channels with the largest weights.
+    """
+    draft = build_model("draft", seed)
+    state = outside_layers(target)
+    for number, (layer, group) in enumerate(copying_parts(target, seed)):
+        part = part_of_layer(target.model.layers[layer].state_dict(), group)
+        state |= {f"model.layers.{number}.{name}": weight for name, weight in part.items()}
+    draft.load_state_dict(state)
+    return draft
+
+
+def outside_layers(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """Return a model's weights that belong to no layer."""
+    return {name: weight for name, weight in model.state_dict().items() if ".layers." not in name}
+
+
+def part_of_layer(layer: dict[str, torch.Tensor], group: int) -> dict[str, torch.Tensor]:
+    """Return the weights of one KV head, of its query heads, and of the MLP channels that weigh most."""
+    shape = SHAPES["draft"]
+    queries = slice(group * shape["heads"] * HEAD_DIM, (group + 1) * shape["heads"] * HEAD_DIM)
+    keys = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+    gate, up, down = (layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    weights = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    channels = weights.topk(shape["intermediate"]).indices.sort().values
+    return {
+        **{name: weight for name, weight in layer.items() if "norm" in name},
+        "self_attn.q_proj.weight": layer["self_attn.q_proj.weight"][queries],
+        "self_attn.k_proj.weight": layer["self_attn.k_proj.weight"][keys],
+        "self_attn.v_proj.weight": layer["self_attn.v_proj.weight"][keys],
+        "self_attn.o_proj.weight": layer["self_attn.o_proj.weight"][:, queries],
+        "mlp.gate_proj.weight": gate[channels],
+        "mlp.up_proj.weight": up[channels],
+        "mlp.down_proj.weight": down[:, channels],
+    }
+
+
+@torch.no_grad()
+def copying_parts(target: LlamaForCausalLM, seed: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Find where the target looks up what followed a token before, on random tokens that repeat.
+
+    That takes a head that looks at the token before, and in a later layer one that looks behind the last
+    place where the current token stood (induction heads, Olsson et al. 2022). Returns (layer, KV head) of each:
+    the pair with the largest product of the two shares of attention.
+    """
+    length = 96
+    noise = torch.Generator().manual_seed(seed)
+    once = torch.randint(1, VOCAB_SIZE, (8, length), generator=noise)
+    layers = target(input_ids=once.repeat(1, 2), output_attentions=True, use_cache=False).attentions
+    before, copying = [], []
+    for attention in layers:
+        mean = attention.float().mean(0)  # [heads, queries, keys]
+        grouped = (SHAPES["target"]["kv_heads"], -1)
+        before.append(mean.diagonal(-1, 1, 2).mean(-1).view(grouped).amax(-1))
+        copying.append(mean.diagonal(1 - length, 1, 2).mean(-1).view(grouped).amax(-1))
+    parts = [(layer, group) for layer in range(len(layers)) for group in range(len(before[0]))]
+    pairs = [(first, second) for first in parts for second in parts if first[0] < second[0]]
+    return max(pairs, key=lambda p: float(before[p[0][0]][p[0][1]] * copying[p[1][0]][p[1][1]]))
+
+
+def train_student(
+    tier: str,
+    model: LlamaForCausalLM,
+    target: LlamaForCausalLM,
+    corpus: Corpus,
+    own_text: Tokens,
+    team: Team,
+    args: argparse.Namespace,
 ) -> Stage:
-    """Distil the qualifier and the draft side by side, so that both share each pass of the target.
+    """Distil the qualifier or the draft from the target.
 
     Every other batch is text of the target itself, which is what the students see at run time.
     """
-    models = build_students(target, args.seed)
-    stage = Stage("students", args.work, args.tokens["students"], team, models)
+    stage = Stage(tier, args.work, args.tokens[tier], team, {tier: model})
     corpus_rows = training_windows(corpus, args.seed + 2, longest=WINDOW)
 
     def windows(step: int) -> torch.Tensor:
@@ -185,12 +253,9 @@ def train_students(
         inputs = rows[:, :-1]
         with torch.no_grad():
             goal = target(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
-        losses = {}
-        for tier, model in models.items():
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
-            losses[tier] = divergence(logits, goal)
-        return losses
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+        return {tier: divergence(logits, goal)}
 
     compiled = torch.compile(step_loss, dynamic=False) if args.compile else step_loss
     run_stage(stage, compiled, windows, corpus.held_out)
@@ -277,7 +342,7 @@ def write_list(out: Path) -> None:
 
 
 def parse_amounts(text: str) -> dict[str, int]:
-    """Parse "target=14,own=1,students=6", millions of tokens, into tokens."""
+    """Parse "target=14,own=1,qualifier=7.7,draft=10", millions of tokens, into tokens."""
     pairs = (part.partition("=") for part in text.split(","))
     return {name: round(float(value) * 1e6) for name, _, value in pairs}
 
@@ -293,8 +358,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens",
         type=parse_amounts,
-        default="target=14,own=1,students=6",
-        help="millions of tokens: the target's training, its own text, the students' (default: %(default)s)",
+        default="target=14,own=1,qualifier=7.7,draft=10",
+        help="millions of tokens: of its training for each tier, and of the target's own text (default: %(default)s)",
     )
     parser.add_argument("--only", choices=("target",), help="end after this stage")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -323,14 +388,17 @@ def main() -> None:
         )
         teacher.requires_grad_(False).share_memory()
         own_text = write_own_text(teacher, first.step, corpus, team, args)
-        second = train_students(teacher, corpus, own_text, team, args)
+        stages = {"target": first}
+        for tier, build in (("qualifier", build_qualifier), ("draft", build_draft)):
+            model = build(first.models["target"], args.seed)
+            stages[tier] = train_student(tier, model, teacher, corpus, own_text, team, args)
     except Stopped as stopped:
         raise SystemExit(str(stopped)) from None
-    for tier, model in second.models.items():
-        export(tier, model, corpus, args.out)
+    for tier in ("qualifier", "draft"):
+        export(tier, stages[tier].models[tier], corpus, args.out)
     write_list(args.out)
     torch.set_num_threads(args.workers)
-    report = measure(corpus, {"target": first, "students": second}, args)
+    report = measure(corpus, stages, args)
     write_results(report, args)
     report["completions"] = measure_completions(args.out, corpus, HELD_OUT_PREFIXES, args.seed)
     write_results(report, args)

@@ -312,7 +312,7 @@ def work_on_stage(
         count = rows.shape[0] * (rows.shape[1] - 1)
         stage.rate = schedule(stage.tokens, stage.total, stage.rate, count)
         losses = step_loss(rows[team.rank :: team.size])
-        # Once for all: a compiled step's gradients are one graph. The models share no weight that is trained.
+        # Once for all: the gradients of a compiled step are one graph.
         torch.stack(list(losses.values())).sum().backward()
         for optimizer in stage.optimizers.values():
             optimizer.step(stage.rate)
