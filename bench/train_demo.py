@@ -342,7 +342,7 @@ def write_list(out: Path) -> None:
 
 
 def parse_amounts(text: str) -> dict[str, int]:
-    """Parse "target=14,own=1,qualifier=7.7,draft=10", millions of tokens, into tokens."""
+    """Parse "target=14,own=1,qualifier=7.7,draft=14", millions of tokens, into tokens."""
     pairs = (part.partition("=") for part in text.split(","))
     return {name: round(float(value) * 1e6) for name, _, value in pairs}
 
@@ -358,7 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens",
         type=parse_amounts,
-        default="target=14,own=1,qualifier=7.7,draft=10",
+        default="target=14,own=1,qualifier=7.7,draft=14",
         help="millions of tokens: of its training for each tier, and of the target's own text (default: %(default)s)",
     )
     parser.add_argument("--only", choices=("target",), help="end after this stage")
