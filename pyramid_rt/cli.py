@@ -251,7 +251,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         console.rule(f"a completion by {pyramid.default_method}, as it is committed")
         sys.stdout.write(DEMO_PREFIX)
         # Greedy, a model this small soon repeats itself.
-        sampling = Options(temperature=0.5, top_p=0.95, seed=2, max_new_tokens=arguments.max_new_tokens)
+        sampling = Options(temperature=0.7, top_p=0.9, seed=1, max_new_tokens=arguments.max_new_tokens)
         with contextlib.closing(pyramid.stream(DEMO_PREFIX, **sampling)) as stream:
             _show(stream)
             console.print(report.summary(stream.result), style="dim")
