@@ -7,7 +7,7 @@ as often as the round has them: then every step can be timed, at the price of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.errors import GraphCaptureError
-from pyramid_rt.recursion import Clock, Rounds, Section
+from pyramid_rt.recursion import Clock, Rounds, Section, timing
 from pyramid_rt.state import MAX_WINDOW, Plan, State
 
 # A graph looks at one number of cache rows; a short text takes the first of these that holds it.
@@ -148,8 +148,7 @@ class Graphs:
         horizon = self.horizon(known_end)
         self.prepare(name, horizon, work)
         for replay in self._captured[name, horizon]:
-            timed = clock is not None and replay.level is not None
-            with clock.measure(replay.level) if timed else nullcontext():  # type: ignore[union-attr, arg-type]
+            with timing(clock, replay.level):
                 replay.run()
 
     def horizons(self) -> list[int]:

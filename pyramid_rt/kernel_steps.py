@@ -8,7 +8,6 @@ processed distributions are wanted (filters, rejection, a divergence on processe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -19,7 +18,7 @@ from torch import Tensor
 from pyramid_rt.kernels import decision, sample, thresholds
 from pyramid_rt.kernels.board import END, Board, base_at, cached_at, live_at
 from pyramid_rt.kernels.common import WINDOW
-from pyramid_rt.recursion import Clock, Recursion, Section, burst_name, horizon, verify_name
+from pyramid_rt.recursion import Clock, Recursion, Section, burst_name, horizon, timing, verify_name
 from pyramid_rt.rules import Fuzzy, Rule
 from pyramid_rt.state import Plan, State
 from pyramid_rt.tiers import DeviceForward, DeviceTier, Runnable
@@ -37,7 +36,7 @@ class Stage:
     """Launches that belong together.
 
     Attributes:
-        section: the name of the part of a round that they belong to.
+        section: the name of the part of a round that they belong to; empty for a prompt's.
         level: the tier whose forward pass they are; None for decisions.
         launches: in order.
     """
@@ -110,13 +109,11 @@ class KernelSteps:
 
     def fill(self, level: int, start: Tensor) -> None:
         """Write down a pass of 64 tokens from `start` on that leaves nothing but keys and values."""
-        self.section = f"fill of {self.names[level]!r}"
         self.run_tier(self.request(level, start, start, WINDOW, 0, self.kv_bound), level)
 
     def first(self, start: Tensor) -> None:
         """Write down the end of the target's prefill, in a window of 64 that may reach past the prompt."""
         level, board, filters = self.plan.tiers - 1, self.board, self.plan.filters
-        self.section = f"first token of {self.names[level]!r}"
         self.decide(sample.plan_begin(board))
         self.run_tier(self.request(level, start, board.word(END), WINDOW, 1, self.kv_bound), level)
         if filters:
@@ -270,8 +267,7 @@ class KernelRounds:
 
     def _run(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
-            timed = self.clock is not None and stage.level is not None
-            with self.clock.measure(stage.level) if timed else nullcontext():  # type: ignore[union-attr, arg-type]
+            with timing(self.clock, stage.level):
                 for launch in stage.launches:
                     launch.run()
 

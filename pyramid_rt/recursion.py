@@ -6,7 +6,7 @@ What a step does is the business of a `Steps`: `torch_steps` computes, `kernel_s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -21,6 +21,11 @@ class Clock(Protocol):
     """Measures the time spent in a tier's forwards."""
 
     def measure(self, level: int) -> AbstractContextManager[None]: ...
+
+
+def timing(clock: Clock | None, level: int | None) -> AbstractContextManager[None]:
+    """Time what runs inside as a forward of this tier, where there are a clock and a tier."""
+    return nullcontext() if clock is None or level is None else clock.measure(level)
 
 
 class AnyRound(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from pyramid_rt.cursor import Cursor, Flag, Number, but_not, entry
 from pyramid_rt.kernels import sampling_reference as ops
-from pyramid_rt.recursion import Clock, Recursion, Script, Section, horizon
+from pyramid_rt.recursion import Clock, Recursion, Script, Section, horizon, timing
 from pyramid_rt.rules import Evidence, Fuzzy, Rule, Verdict
 from pyramid_rt.state import MAX_WINDOW, NO_POSITION, Plan, State
 from pyramid_rt.tiers import Tier
@@ -251,7 +250,7 @@ class TorchSteps:
     def _run(self, level: int, window: Tensor, start: Number, rows: Tensor, bound: int) -> Tensor:
         if isinstance(start, int):
             start = self._at.line[start]
-        with self.clock.measure(level) if self.clock is not None else nullcontext():
+        with timing(self.clock, level):
             logits = self.tiers[level].forward(window, start, rows, bound)
         assert logits is not None
         return logits if logits.shape[-1] == self.vocab_size else logits[..., : self.vocab_size]
