@@ -132,9 +132,12 @@ def embed_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> 
     """The window's tokens as a list, and as a part of the token buffer that the device knows."""
     from pyramid_rt.kernels import embed
 
-    table, out = _empty(shape.vocab, shape.hidden, dtype=dtype), _empty(64, shape.hidden, dtype=dtype)
+    table, norm = _empty(shape.vocab, shape.hidden, dtype=dtype), _empty(shape.hidden, dtype=dtype)
+    out, scaled = (_empty(64, shape.hidden, dtype=dtype) for _ in range(2))
     for name, start in (("plain", None), ("placed", _ints())):
-        launch = embed.plan(table, _ints(64), length, out, _sums(shape.hidden), start, live=_live(length))
+        launch = embed.plan(
+            table, _ints(64), norm, length, out, scaled, _sums(shape.hidden), start, live=_live(length)
+        )
         yield Variant(name, launch, Needs())
 
 
@@ -149,7 +152,6 @@ def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> It
         launch = qkv.plan(
             _empty(64, width, dtype=dtype),
             _sums(width),
-            _empty(width, dtype=dtype),
             1e-5,
             _empty(rows, width, dtype=dtype),
             _empty(rows, dtype=dtype) if name == "bias" else None,
@@ -206,13 +208,15 @@ def project_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
     """The attention's output projection, and the MLP's down projection."""
     from pyramid_rt.kernels import project
 
-    stream = _empty(64, shape.hidden, dtype=dtype)
+    stream, scaled = (_empty(64, shape.hidden, dtype=dtype) for _ in range(2))
+    norm = _empty(shape.hidden, dtype=dtype)
     for name, width in (("out", shape.heads * shape.head_dim), ("down", shape.intermediate)):
         config, space, needs = _projection("project", shape.hidden, width, dtype, arch)
         x, weight = _empty(64, width, dtype=dtype), _empty(shape.hidden, width, dtype=dtype)
         launch = project.plan(
-            x, weight, None, stream, length, stream, _sums(shape.hidden), space, config, live=_live(length)
-        )
+            x, weight, None, stream, norm, length, stream, scaled, _sums(shape.hidden), space, config,
+            live=_live(length),
+        )  # fmt: skip
         yield Variant(name, launch, needs)
 
 
@@ -222,10 +226,10 @@ def gate_up_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
 
     rows, width = 2 * shape.intermediate, shape.hidden
     config, space, needs = _projection("gate_up", rows, width, dtype, arch)
-    x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (rows, width)))
+    x, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (rows, width)))
     out = _empty(64, shape.intermediate, dtype=dtype)
     launch = gate_up.plan(
-        x, _sums(width), norm, 1e-5, weight, None, length, out, space, config, live=_live(length)
+        x, _sums(width), 1e-5, weight, None, length, out, space, config, live=_live(length)
     )
     yield Variant("plain", launch, needs)
 
@@ -239,14 +243,14 @@ def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> I
 
     vocab, width = shape.vocab, shape.hidden
     config, _, needs = _projection("head", vocab, width, dtype, arch)
-    x, norm, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (width,), (vocab, width)))
+    x, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (vocab, width)))
     statistics = head.TileStatistics.allocate(tiles(vocab, config.block_n), torch.device("meta"))
     place = head.Placement(_ints(), _ints(), _ints(), length)
     drawn = head.Noise(_ints(2), None, _floats())
     for name, rows, noise in (("plain", _ints(length), None), ("placed", place, drawn)):
         out = _floats(64, vocab)
         launch = head.plan(
-            x, _sums(width), norm, 1e-5, weight, rows, vocab, out, statistics, noise, config, live=_live(length)
+            x, _sums(width), 1e-5, weight, rows, vocab, out, statistics, noise, config, live=_live(length)
         )  # fmt: skip
         yield Variant(name, launch, needs)
 

@@ -166,8 +166,8 @@ class Activations:
     """The residual stream under a norm: all rows, and the buffers of a window.
 
     Attributes:
-        base: [ROWS, C]; base_sums [tiles, ROWS] float32.
-        x: [64, C]; sums [tiles, 64] float32: what a launch reads.
+        base: [ROWS, C]; base_sums [tiles, ROWS] float32. norm: [C], the norm's weight, or None without a norm.
+        x: [64, C], times the norm's weight; sums [tiles, 64] float32: what a launch reads.
         order: [64] int64, which buffer row holds window row i; None for i itself.
     """
 
@@ -175,19 +175,22 @@ class Activations:
     base_sums: Tensor
     x: Tensor
     sums: Tensor
+    norm: Tensor | None = None
     order: Tensor | None = None
 
     @classmethod
-    def make(cls, source: Source, width: int) -> Activations:
-        """Random rows."""
+    def make(cls, source: Source, width: int, norm: bool = True) -> Activations:
+        """Random rows, and a random weight of the norm that reads them."""
         base = source.random(ROWS, width)
         sums = sums_of_squares(base)
-        return cls(base, sums, source.new(WINDOW, width), torch.empty_like(sums[:, :WINDOW]).contiguous())
+        x, window_sums = source.new(WINDOW, width), torch.empty_like(sums[:, :WINDOW]).contiguous()
+        return cls(base, sums, x, window_sums, source.random(width) if norm else None)
 
     def place(self, first: int, length: int, hide: bool) -> None:
         """Fill the buffers as far as there are rows: no window goes past the last."""
         x, sums = self.base[first : first + WINDOW], self.base_sums[:, first : first + WINDOW]
         rows = x.shape[0]
+        x = x if self.norm is None else x * self.norm
         if self.order is None:
             self.x[:rows].copy_(x)
             self.sums[:, :rows].copy_(sums)
@@ -200,9 +203,10 @@ class Activations:
             self.x.index_fill_(0, hidden, math.nan)
             self.sums.index_fill_(1, hidden, math.nan)
 
-    def normed(self, norm: Tensor, kind: torch.dtype) -> Tensor:
+    def normed(self, kind: torch.dtype) -> Tensor:
         """The first 64 rows normalised in `kind`."""
-        return reference.rms_norm(self.base[:WINDOW].to(kind), norm.to(kind), EPS)
+        assert self.norm is not None
+        return reference.rms_norm(self.base[:WINDOW].to(kind), self.norm.to(kind), EPS)
 
 
 def fill(buffer: Tensor, base: Tensor, first: int) -> None:
@@ -245,12 +249,14 @@ class Embed:
         self.before = 37 if case.sizes.get("placed") else 0
         self.at = source.scalar(self.before) if self.before else None
         self.tokens = source.new(self.before + ROWS if self.before else WINDOW, dtype=torch.int64)
-        self.out = source.new(WINDOW, hidden)
+        self.norm = source.random(hidden)
+        self.out, self.scaled = (source.new(WINDOW, hidden) for _ in range(2))
         self.sums = source.new(-(-hidden // 64), WINDOW, dtype=torch.float32)
 
     def launches(self, length: int) -> list[Launch]:
         """One."""
-        return [embed.plan(self.table, self.tokens, length, self.out, self.sums, self.at)]
+        out, scaled = self.out, self.scaled
+        return [embed.plan(self.table, self.tokens, self.norm, length, out, scaled, self.sums, self.at)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Tokens; past the window they are out of the vocabulary."""
@@ -265,32 +271,33 @@ class Embed:
             self.tokens[begin + length :] = 2**40
 
     def poison(self) -> None:
-        """Both outputs."""
-        self.out.fill_(math.nan)
-        self.sums.fill_(math.nan)
+        """All outputs."""
+        for tensor in (self.out, self.scaled, self.sums):
+            tensor.fill_(math.nan)
 
     def start(self, length: int) -> None:
         """One launch."""
         self.launches(length)[0].run()
 
     def outputs(self, length: int) -> dict[str, Tensor]:
-        """x and its sums of squares."""
-        return {"x": self.out[:length], "sums": self.sums[:, :length].t()}
+        """x, times the norm's weight, and its sums of squares."""
+        return {"x": self.out[:length], "scaled": self.scaled[:length], "sums": self.sums[:, :length].t()}
 
     def untouched(self, length: int) -> dict[str, Tensor]:
         """Later rows."""
-        return {"x": self.out[length:], "sums": self.sums[:, length:]}
+        return {"x": self.out[length:], "scaled": self.scaled[length:], "sums": self.sums[:, length:]}
 
     def counters(self) -> list[Tensor]:
         """None."""
         return []
 
     def verdicts(self, length: int) -> dict[str, float]:
-        """The gather exactly; sums of 64 squares."""
+        """The gather and its product with the norm's weight exactly; sums of 64 squares."""
         x = self.table[self.base[:length]]
         sums = sums_of_squares(x.double().float()).t()
         return {
             "x": oracle.equal(self.out[:length], x),
+            "scaled": oracle.equal(self.scaled[:length], x * self.norm),
             "sums": oracle.relative(self.sums[:, :length].t(), sums, 1e-5),
         }
 
@@ -306,7 +313,7 @@ class Qkv:
         self.base_start, width = sizes["start"], sizes["hidden"]
         rows, cache_rows = (self.heads + 2 * self.kv_heads) * self.dim, sizes["start"] + ROWS + 3
         self.acts = Activations.make(source, width)
-        self.norm, self.weight = source.random(width), source.random(rows, width, scale=width**-0.5)
+        self.weight = source.random(rows, width, scale=width**-0.5)
         self.bias = source.random(rows) if sizes.get("bias") else None
         table = reference.rotary_table("default", cache_rows, self.dim, theta=5e5, dtype=source.dtype)
         self.rotary = table.to(place.device)
@@ -328,7 +335,7 @@ class Qkv:
         acts = self.acts
         return [
             qkv.plan(
-                acts.x, acts.sums, self.norm, EPS, self.weight, self.bias, self.rotary, self.at, length,
+                acts.x, acts.sums, EPS, self.weight, self.bias, self.rotary, self.at, length,
                 self.q, self.k, self.v, self.space, self.config,
             )
         ]  # fmt: skip
@@ -368,7 +375,7 @@ class Qkv:
         return [self.space.counters]
 
     def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
-        normed = self.acts.normed(self.norm, kind)
+        normed = self.acts.normed(kind)
         joint = reference.linear(normed, self.weight.to(kind), to_kind(self.bias, kind))
         qk, v = joint.view(WINDOW, -1, self.dim).split((self.heads + self.kv_heads, self.kv_heads), 1)
         begin = self.base_start
@@ -391,11 +398,12 @@ class Project:
     def __init__(self, case: Case, place: Place) -> None:
         source, sizes = Source(place, case), case.sizes
         channels, width = sizes["channels"], sizes["width"]
-        self.acts = Activations.make(source, width)
+        self.acts = Activations.make(source, width, norm=False)
         self.base, self.residual = source.random(ROWS, channels), source.new(WINDOW, channels)
         self.weight = source.random(channels, width, scale=width**-0.5)
         self.bias = source.random(channels) if sizes.get("bias") else None
-        self.out = source.new(WINDOW, channels)
+        self.norm = source.random(channels)
+        self.out, self.scaled = (source.new(WINDOW, channels) for _ in range(2))
         self.sums = source.new(-(-channels // 64), WINDOW, dtype=torch.float32)
         self.config = choose("project", source, channels, width, sizes)
         self.space = workspace(place, channels, self.config)
@@ -405,8 +413,8 @@ class Project:
         """One."""
         return [
             project.plan(
-                self.acts.x, self.weight, self.bias, self.residual, length, self.out, self.sums, self.space,
-                self.config,
+                self.acts.x, self.weight, self.bias, self.residual, self.norm, length, self.out, self.scaled,
+                self.sums, self.space, self.config,
             )
         ]  # fmt: skip
 
@@ -419,7 +427,7 @@ class Project:
 
     def poison(self) -> None:
         """Outputs and partial sums."""
-        for tensor in (self.out, self.sums, self.space.partials):
+        for tensor in (self.out, self.scaled, self.sums, self.space.partials):
             tensor.fill_(math.nan)
 
     def start(self, length: int) -> None:
@@ -427,12 +435,12 @@ class Project:
         self.launches(length)[0].run()
 
     def outputs(self, length: int) -> dict[str, Tensor]:
-        """The residual stream and its sums of squares."""
-        return {"x": self.out[:length], "sums": self.sums[:, :length].t()}
+        """The residual stream, times the next norm's weight, and its sums of squares."""
+        return {"x": self.out[:length], "scaled": self.scaled[:length], "sums": self.sums[:, :length].t()}
 
     def untouched(self, length: int) -> dict[str, Tensor]:
         """Later rows."""
-        return {"x": self.out[length:], "sums": self.sums[:, length:]}
+        return {"x": self.out[length:], "scaled": self.scaled[length:], "sums": self.sums[:, length:]}
 
     def counters(self) -> list[Tensor]:
         """Arrivals of split tiles."""
@@ -449,7 +457,10 @@ class Project:
             self.judge = Judge(self._apply(torch.float64), self._apply(self.weight.dtype))
         found = self.judge.near(self.outputs(length), length, self.weight.shape[1])
         sums = sums_of_squares(self.out[:length]).t()
-        return found | {"sums": oracle.relative(self.sums[:, :length].t(), sums, 1e-5)}
+        return found | {
+            "scaled": oracle.equal(self.scaled[:length], self.out[:length] * self.norm),
+            "sums": oracle.relative(self.sums[:, :length].t(), sums, 1e-5),
+        }
 
 
 class GateUp:
@@ -461,7 +472,7 @@ class GateUp:
         source, sizes = Source(place, case), case.sizes
         inner, width = sizes["inner"], sizes["width"]
         self.acts = Activations.make(source, width)
-        self.norm, self.weight = source.random(width), source.random(2 * inner, width, scale=width**-0.5)
+        self.weight = source.random(2 * inner, width, scale=width**-0.5)
         self.bias = source.random(2 * inner) if sizes.get("bias") else None
         self.out = source.new(WINDOW, inner)
         self.config = choose("gate_up", source, 2 * inner, width, sizes)
@@ -473,7 +484,7 @@ class GateUp:
         acts = self.acts
         return [
             gate_up.plan(
-                acts.x, acts.sums, self.norm, EPS, self.weight, self.bias, length, self.out, self.space,
+                acts.x, acts.sums, EPS, self.weight, self.bias, length, self.out, self.space,
                 self.config,
             )
         ]  # fmt: skip
@@ -504,7 +515,7 @@ class GateUp:
         return [self.space.counters]
 
     def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
-        normed = self.acts.normed(self.norm, kind)
+        normed = self.acts.normed(kind)
         joint = reference.linear(normed, self.weight.to(kind), to_kind(self.bias, kind))
         return {"inner": reference.silu_mul(joint)}
 

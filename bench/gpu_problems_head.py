@@ -34,7 +34,6 @@ class Head:
         elif place.device.type != "meta":
             self.acts.order = (torch.arange(WINDOW, device=place.device) * 5 + 3) % WINDOW
         self.rows = source.new(WINDOW, dtype=torch.int64) if self.acts.order is None else self.acts.order
-        self.norm = source.random(width)
         # The matrix has as many rows as the vocabulary padded, as checkpoints with padded tables do.
         self.weight = source.random(padded, width, scale=width**-0.5)
         self.logits = source.new(WINDOW, padded, dtype=torch.float32)
@@ -58,7 +57,7 @@ class Head:
         rows = self.rows[:length] if self.placement is None else head.Placement(*self.placement, length)
         return [
             head.plan(
-                acts.x, acts.sums, self.norm, EPS, self.weight, rows, self.vocab, self.logits,
+                acts.x, acts.sums, EPS, self.weight, rows, self.vocab, self.logits,
                 self.stats, noise, self.config,
             )
         ]  # fmt: skip
@@ -101,7 +100,7 @@ class Head:
         return []
 
     def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
-        normed = self.acts.normed(self.norm, kind)
+        normed = self.acts.normed(kind)
         return {"logits": reference.linear(normed, self.weight[: self.vocab].to(kind))}
 
     def verdicts(self, length: int) -> dict[str, float]:

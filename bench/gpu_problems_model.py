@@ -145,6 +145,7 @@ class Forward:
         scratch = (buffers.products.partials, buffers.splits.acc, buffers.splits.stats)
         streams = (
             buffers.stream,
+            buffers.scaled,
             buffers.squares,
             buffers.q,
             buffers.attended,

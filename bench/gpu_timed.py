@@ -71,12 +71,16 @@ class TimedEmbed:
         source = source_for("embed", shape, dtype, place)
         self.table = source.random(shape.vocab, shape.hidden)
         self.tokens = [source.integers(WINDOW, high=shape.vocab) for _ in range(64)]
-        self.out = source.new(WINDOW, shape.hidden)
+        self.norm = source.random(shape.hidden)
+        self.out, self.scaled = (source.new(WINDOW, shape.hidden) for _ in range(2))
         self.sums = source.new(-(-shape.hidden // 64), WINDOW, dtype=torch.float32)
 
     def launches(self, length: int) -> list[Launch]:
         """See `Workload`."""
-        return [embed.plan(self.table, tokens, length, self.out, self.sums) for tokens in self.tokens]
+        out, scaled = self.out, self.scaled
+        return [
+            embed.plan(self.table, tokens, self.norm, length, out, scaled, self.sums) for tokens in self.tokens
+        ]
 
     def peers(self, length: int) -> dict[str, list[Call]]:
         """The gather alone."""
@@ -103,7 +107,7 @@ class _Matrix:
         self.shape, self.source = shape, source_for(op, shape, dtype, place)
         rows, width = matrix(op, shape)
         self.x, self.norm = self.source.random(WINDOW, width), self.source.random(width)
-        self.sums = sums_of_squares(self.x)
+        self.scaled, self.sums = self.x * self.norm, sums_of_squares(self.x)
         scale = width**-0.5
         count = _copies(op, shape, self.source, l2_bytes, 0)
         self.weights = [self.source.random(rows, width, scale=scale) for _ in range(count)]
@@ -140,7 +144,7 @@ class TimedQkv(_Matrix):
         """See `Workload`."""
         return [
             qkv.plan(
-                self.x, self.sums, self.norm, EPS, weight, None, self.rotary, self.start, length, self.q, self.k,
+                self.scaled, self.sums, EPS, weight, None, self.rotary, self.start, length, self.q, self.k,
                 self.v, self.space, self.config,
             )
             for weight in self.weights
@@ -252,16 +256,18 @@ class TimedProject(_Matrix):
             self.source.random(WINDOW, shape.hidden),
             self.source.new(WINDOW, shape.hidden),
         )
+        self.next_norm, self.out_scaled = self.source.random(shape.hidden), torch.empty_like(self.out)
         self.out_sums = self.source.new(-(-shape.hidden // 64), WINDOW, dtype=torch.float32)
 
     def launches(self, length: int) -> list[Launch]:
         """See `Workload`."""
         return [
             project.plan(
-                self.x, weight, None, self.residual, length, self.out, self.out_sums, self.space, self.config
+                self.x, weight, None, self.residual, self.next_norm, length, self.out, self.out_scaled,
+                self.out_sums, self.space, self.config,
             )
             for weight in self.weights
-        ]
+        ]  # fmt: skip
 
     def peers(self, length: int) -> dict[str, list[Call]]:
         """Two calls, and cuBLAS's own addition, which rounds once."""
@@ -291,7 +297,7 @@ class TimedGateUp(_Matrix):
         """See `Workload`."""
         return [
             gate_up.plan(
-                self.x, self.sums, self.norm, EPS, weight, None, length, self.out, self.space, self.config
+                self.scaled, self.sums, EPS, weight, None, length, self.out, self.space, self.config
             )
             for weight in self.weights
         ]
@@ -320,7 +326,7 @@ class TimedHead(_Matrix):
         """See `Workload`."""
         return [
             head.plan(
-                self.x, self.sums, self.norm, EPS, weight, self.rows[:length], self.shape.vocab, self.logits,
+                self.scaled, self.sums, EPS, weight, self.rows[:length], self.shape.vocab, self.logits,
                 self.stats, None, self.config,
             )
             for weight in self.weights

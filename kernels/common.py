@@ -111,6 +111,12 @@ def check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}, expected rows that do not overlap")
 
 
+def check_strides(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor that does not lie as another does: kernels address both by one stride."""
+    if tensor.stride() != other.stride():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected those of {other_name}: {other.stride()}")
+
+
 def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse what is not one element of `dtype` on `device`, of any number of axes."""
     if tensor.numel() != 1:
@@ -136,6 +142,18 @@ def check_length(length: int) -> None:
     """Refuse a window of no rows or of more than 64."""
     if not 1 <= length <= WINDOW:
         raise ValueError(f"length is {length}, expected 1 to {WINDOW}")
+
+
+@triton.jit
+def await_earlier(DEPENDENT: tl.constexpr) -> None:
+    """Wait for the launches before this one, where it may begin while they still run (sm_90 and later).
+
+    The next launch may begin as soon as every program of this one has: its programs then stand ready, and wait
+    here until this launch and all before it have ended and what they wrote can be read.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -26,8 +26,8 @@ class ProjectionConfig:
         block_n: weight rows of a program, a power of two; at least 64 where sums of squares are made.
         block_k: step along K, a power of two.
         splits: programs that share one tile's K.
-        sub_tiles: 16-column sub-tiles a program holds at once for a window of more than 16 rows: 4, or 1 where
-            four do not fit the registers; the rest of the window is then other programs' work.
+        sub_tiles: 16-column tiles a program takes together for a window of more than 16 rows: 4, or 1 where
+            64 columns do not fit the registers; the rest of the window is then other programs' work.
         num_warps, narrow_stages, wide_stages: warps, and pipeline depth up to 16 rows and above.
     """
 
@@ -60,24 +60,24 @@ class _Machine:
     Attributes:
         programs: programs that should be in flight together, about two per multiprocessor.
         sub_tiles: see `ProjectionConfig`.
-        plain, normed: (bytes of a weight row per step, narrow stages, wide stages) without and with a norm in
-            front. A norm keeps the window's tiles in registers, which long steps would spill.
+        step: bytes of a weight row per step.
+        narrow_stages, wide_stages: see `ProjectionConfig`.
     """
 
     programs: int
     sub_tiles: int
-    plain: tuple[int, int, int]
-    normed: tuple[int, int, int]
+    step: int
+    narrow_stages: int
+    wide_stages: int
 
 
 # Fixed per architecture and not per device: two cards of one architecture give the same bits.
 _MACHINES = {
-    80: _Machine(216, 4, (128, 5, 4), (128, 5, 4)),
-    89: _Machine(256, 4, (128, 4, 3), (128, 4, 3)),
-    90: _Machine(264, 4, (256, 4, 3), (128, 6, 4)),
-    # Four sub-tiles spill here with Triton 3.6, so every program takes 16 columns.
-    100: _Machine(296, 1, (256, 4, 4), (128, 6, 6)),
-    120: _Machine(340, 4, (128, 4, 3), (128, 4, 3)),
+    80: _Machine(216, 4, 128, 5, 4),
+    89: _Machine(256, 4, 128, 4, 3),
+    90: _Machine(264, 4, 256, 4, 3),
+    100: _Machine(296, 4, 256, 4, 3),
+    120: _Machine(340, 4, 128, 4, 3),
 }
 # Measured choices: (op, arch, N, K, dtype) of one matrix product -> its configuration, in place of the rule below.
 # What belongs here is what bench.tune_kernels found faster than the rule on that architecture. An entry with
@@ -123,8 +123,7 @@ def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dty
     if tuned is not None:
         return tuned
     machine = _MACHINES[arch]
-    bytes_k, narrow_stages, wide_stages = machine.plain if op == "project" else machine.normed
-    block_n, block_k = 64, bytes_k // dtype.itemsize
+    block_n, block_k = 64, machine.step // dtype.itemsize
     steps, programs = -(-width // block_k), -(-rows // block_n)
     splits = 1
     # A grid of three quarters of the wanted programs is left as it is: doubling it would cost more in partial
@@ -133,12 +132,11 @@ def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dty
         op != "head"
         and splits < _MOST_SPLITS
         and 4 * programs * splits < 3 * machine.programs
-        and steps * bytes_k >= 2 * splits * _LEAST_BYTES
+        and steps * machine.step >= 2 * splits * _LEAST_BYTES
     ):
         splits *= 2
-    if op == "head" and arch == 120:
-        # The noise of its epilogue takes the registers that a third stage's addresses would need.
-        wide_stages = 2
-    # Without tensor cores a product keeps its operands in registers too, where four sub-tiles do not fit.
+    # Without tensor cores a product keeps its operands in registers too, where 64 columns do not fit.
     sub_tiles = 1 if dtype == torch.float32 else machine.sub_tiles
-    return ProjectionConfig(block_n, block_k, splits, sub_tiles, 4, narrow_stages, wide_stages)
+    return ProjectionConfig(
+        block_n, block_k, splits, sub_tiles, 4, machine.narrow_stages, machine.wide_stages
+    )

@@ -1,7 +1,8 @@
 """RMSNorm, gate and up projection, SiLU product: out = silu(gate) * up, silu(z) = z / (1 + exp(-z)).
 
-n = dtype(x / sqrt(mean(x^2) + eps)) * w_norm, gate = n Wg^T + bg, up = n Wu^T + bu, with mean(x^2) from the
-sums of squares that the writer of x left. gate, up and silu(gate) are rounded to dtype, as transformers does.
+gate = (s Wg^T) r + bg, up = (s Wu^T) r + bu, with s = dtype(x w_norm) and r = 1 / sqrt(mean(x^2) + eps) from the
+sums of squares, both left by the writer of the residual stream x. gate, up and silu(gate) are rounded to dtype,
+as transformers does.
 
 A tile's weight rows alternate between gate and up, so both halves of a product are in one accumulator.
 """
@@ -28,6 +29,7 @@ from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.product import (
     EVERY,
     Workspace,
+    await_activations,
     check_workspace,
     product,
     product_grid,
@@ -49,15 +51,16 @@ def _store(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """silu(gate) * up of a [BLOCK_N, 16] product."""
+    """silu(gate) * up of a [BLOCK_N, 16 or 64] product."""
     bias_ptr, out_ptr, stride_out, inner = epilogue
     HAS_BIAS: tl.constexpr = OPTIONS[0]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    COLS: tl.constexpr = acc.shape[1]
     PAIRS: tl.constexpr = BLOCK_N // 2
-    row = column + tl.arange(0, 16)
+    row = column + tl.arange(0, COLS)
     n = tile.to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     mask = (n[:, None] < inner) & (row[None, :] < length)
-    gate, up = split_pairs(acc, PAIRS, 16)
+    gate, up = split_pairs(acc, PAIRS, COLS)
     if HAS_BIAS:
         gate += tl.load(bias_ptr + n, mask=n < inner, other=0.0).to(tl.float32)[:, None]
         up += tl.load(bias_ptr + inner + n, mask=n < inner, other=0.0).to(tl.float32)[:, None]
@@ -73,7 +76,6 @@ def gate_up_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
     sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
     eps: tl.tensor,
     w_ptr: tl.tensor,
     stride_w: tl.tensor,
@@ -96,14 +98,16 @@ def gate_up_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 channels, one split of K, 16 columns or the whole window."""
-    if tl.load(live_ptr) == 0:
-        return
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n // 2 + (n % 2) * inner, n < 2 * inner)
+    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
+    if tl.load(live_ptr) == 0:
+        return
     product(
-        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
+        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, eps), (partials_ptr, counters_ptr),
         (bias_ptr, out_ptr, stride_out, inner), (HAS_BIAS,), length, K, _store,
         EVERY, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
@@ -112,7 +116,6 @@ def gate_up_kernel(
 def plan(
     x: Tensor,
     sumsq: Tensor,
-    norm: Tensor,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
@@ -126,9 +129,8 @@ def plan(
     """The launch of a normalised gate and up projection.
 
     Args:
-        x: [64, C] dtype (float32, bfloat16 or float16).
-        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of x per 64-channel tile.
-        norm: [C] dtype, weight of the RMSNorm.
+        x: [64, C] dtype (float32, bfloat16 or float16), the residual stream times the weight of the RMSNorm.
+        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of the residual stream per 64-channel tile.
         eps: of the RMSNorm.
         weight: [2 I, C] dtype, rows of gate, then up.
         bias: [2 I] dtype, or None.
@@ -149,7 +151,6 @@ def plan(
         raise ValueError(f"weight has {rows} rows, expected an even number: gate, then up")
     check_tensor("x", x, (WINDOW, width), dtype, device)
     check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
-    check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
     if bias is not None:
         check_tensor("bias", bias, (rows,), dtype, device, contiguous=True)
     check_tensor("out", out, (WINDOW, rows // 2), dtype, device)
@@ -161,7 +162,6 @@ def plan(
             x,
             x.stride(0),
             sumsq,
-            norm,
             eps,
             weight,
             weight.stride(0),

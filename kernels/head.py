@@ -1,7 +1,7 @@
 """RMSNorm and LM head of chosen rows, with what sampling needs of every tile of the vocabulary.
 
-logits[r, v] = float32(dtype(n_r . W_v)), n = dtype(x / sqrt(mean(x^2) + eps)) * w_norm; -inf from the valid
-vocabulary on. Per row and tile of BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the
+logits[r, v] = float32(dtype((s_r . W_v) / sqrt(mean(x_r^2) + eps))), s = dtype(x w_norm); s and the sums of squares
+are left by the writer of the residual stream x. -inf from the valid vocabulary on. Per row and tile of BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the
 largest score with its lowest index, where
 
 score = logit / temperature + g, g = -log(-log1p(-u)), u = min((word + 0.5) 2^-32, 1 - 2^-24)
@@ -25,6 +25,7 @@ from pyramid_rt.kernels.noise import gumbel, philox_words
 from pyramid_rt.kernels.product import (
     LISTED,
     PLACED,
+    await_activations,
     product,
     product_grid,
     product_options,
@@ -98,20 +99,21 @@ class Placement:
 
 @triton.jit
 def own_noise(seed_ptr: tl.tensor, position: tl.tensor, tile: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """Noise of a tile's entries at 16 positions (int64): [BLOCK_N, 16] float32."""
+    """Noise of a tile's entries at R positions (int64): [BLOCK_N, R] float32."""
     QUARTER: tl.constexpr = BLOCK_N // 4
-    zero = tl.zeros((QUARTER, 16), tl.uint32)
+    COLS: tl.constexpr = position.shape[0]
+    zero = tl.zeros((QUARTER, COLS), tl.uint32)
     block = zero + (tile * QUARTER + tl.arange(0, QUARTER)).to(tl.uint32)[:, None]
     at = zero + position.to(tl.uint32)[None, :]
     key0 = tl.load(seed_ptr).to(tl.uint32)
     key1 = tl.load(seed_ptr + 1).to(tl.uint32)
     w0, w1, w2, w3 = philox_words(key0, key1, block, at, zero)
     words = tl.join(tl.join(gumbel(w0), gumbel(w2)), tl.join(gumbel(w1), gumbel(w3)))
-    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, 16))
+    return tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK_N, COLS))
 
 
 @triton.jit
-def _store(
+def _store_columns(
     acc: tl.tensor,
     column: tl.tensor,
     tile: tl.tensor,
@@ -164,6 +166,32 @@ def _store(
     tl.store(token_ptr + at, tile * BLOCK_N + index, mask=keep)
 
 
+@triton.jit
+def _store(
+    acc: tl.tensor,
+    column: tl.tensor,
+    tile: tl.tensor,
+    count: tl.tensor,
+    epilogue,
+    OPTIONS,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+) -> None:
+    """Logits and statistics of a [BLOCK_N, 16 or 64] product, 16 columns at a time: the noise of 64 would spill."""
+    if acc.shape[1] == 16:
+        _store_columns(acc, column, tile, count, epilogue, OPTIONS, BLOCK_N, UPCAST)
+    else:
+        blocks = tl.permute(tl.reshape(acc, (BLOCK_N, 4, 16)), (0, 2, 1))
+        even, odd = tl.split(tl.reshape(blocks, (BLOCK_N, 16, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        quarters: tl.tuple = (first, second, third, fourth)
+        for i in tl.static_range(4):
+            _store_columns(
+                quarters[i], column + 16 * i, tile, count, epilogue, OPTIONS, BLOCK_N, UPCAST
+            )  # fmt: skip
+
+
 # Neither the number of rows nor the place of a scalar in its buffer may make another binary.
 @triton.jit(
     do_not_specialize=["count", "capacity", "eps"],
@@ -176,7 +204,6 @@ def head_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
     sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
     eps: tl.tensor,
     w_ptr: tl.tensor,
     stride_w: tl.tensor,
@@ -211,19 +238,22 @@ def head_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N entries of the vocabulary, 16 rows or all of them."""
     tl.static_assert(SPLITS == 1)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weights = (w_ptr, stride_w, n, n < vocab)
+    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
     places = (decided_ptr, first_ptr)
     epilogue = (w_ptr, out_ptr, stride_out, statistics, noise, places, vocab, padded, capacity)
     rows = (start_ptr, decided_ptr) if WHERE == PLACED else rows_ptr
     product(
-        (x_ptr, stride_x, rows), (w_ptr, stride_w, n, n < vocab), (sumsq_ptr, norm_ptr, eps),
+        (x_ptr, stride_x, rows), weights, (sumsq_ptr, eps),
         (x_ptr, x_ptr), epilogue, (NOISY, BLOCK_LOG2, WHERE), count, K, _store,
         WHERE, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
     )  # fmt: skip
@@ -232,7 +262,6 @@ def head_kernel(
 def plan(
     x: Tensor,
     sumsq: Tensor,
-    norm: Tensor,
     eps: float,
     weight: Tensor,
     rows: Tensor | Placement,
@@ -247,9 +276,8 @@ def plan(
     """The launch of an LM head.
 
     Args:
-        x: [64, C] dtype (float32, bfloat16 or float16).
-        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of x per 64-channel tile.
-        norm: [C] dtype, weight of the RMSNorm.
+        x: [64, C] dtype (float32, bfloat16 or float16), the residual stream times the weight of the RMSNorm.
+        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of the residual stream per 64-channel tile.
         eps: of the RMSNorm.
         weight: [V, C] dtype.
         rows: [R] int64, contiguous, 1 <= R <= 64: indices of rows of x; or a `Placement`.
@@ -270,7 +298,6 @@ def plan(
     entries, width = weight.shape
     check_tensor("x", x, (WINDOW, width), dtype, device)
     check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
-    check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
     placed = isinstance(rows, Placement)
     if isinstance(rows, Placement):
         count, some = rows.count, rows.start
@@ -312,7 +339,6 @@ def plan(
             x,
             x.stride(0),
             sumsq,
-            norm,
             eps,
             weight,
             weight.stride(0),

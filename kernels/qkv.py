@@ -1,7 +1,8 @@
 """RMSNorm, joint Q, K, V projection, RoPE, and K and V into the static cache.
 
-n = dtype(x / sqrt(mean(x^2) + eps)) * w_norm, (q, k, v) = n W^T + b, and for q and k at position p, for each
-i < D / 2:  y_i = x_i cos_p,i - x_{i+D/2} sin_p,i  and  y_{i+D/2} = x_{i+D/2} cos_p,i + x_i sin_p,i.
+(q, k, v) = (s W^T) r + b, with s = dtype(x w_norm) and r = 1 / sqrt(mean(x^2) + eps) from the sums of squares,
+both left by the writer of the residual stream x; and for q and k at position p, for each i < D / 2:
+y_i = x_i cos_p,i - x_{i+D/2} sin_p,i  and  y_{i+D/2} = x_{i+D/2} cos_p,i + x_i sin_p,i.
 
 The rotation pairs channels i and i + D/2 of a head. A tile's weight rows alternate between the two: row 2 j of
 a tile is the first of a pair and row 2 j + 1 the second, pairs being numbered through all heads of Q, K and V.
@@ -31,6 +32,7 @@ from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.product import (
     EVERY,
     Workspace,
+    await_activations,
     check_workspace,
     product,
     product_grid,
@@ -52,7 +54,7 @@ def _store(
     BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """Bias, rotation and the three destinations of a [BLOCK_N, 16] product."""
+    """Bias, rotation and the three destinations of a [BLOCK_N, 16 or 64] product."""
     bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache = epilogue
     HAS_BIAS: tl.constexpr = OPTIONS[0]
     HEADS: tl.constexpr = OPTIONS[1]
@@ -61,14 +63,15 @@ def _store(
     k_ptr, stride_k_head, stride_k_row = k_cache
     v_ptr, stride_v_head, stride_v_row = v_cache
     dtype: tl.constexpr = q_ptr.dtype.element_ty
+    COLS: tl.constexpr = acc.shape[1]
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = BLOCK_N // 2
-    row = (column + tl.arange(0, 16))[None, :].to(tl.int64)
+    row = (column + tl.arange(0, COLS))[None, :].to(tl.int64)
     pair = (tile * PAIRS + tl.arange(0, PAIRS))[:, None]
     head, i = pair // HALF, pair % HALF
     inside = pair < (HEADS + 2 * KV_HEADS) * HALF
     mask = inside & (row < length)
-    a, b = split_pairs(acc, PAIRS, 16)
+    a, b = split_pairs(acc, PAIRS, COLS)
     if HAS_BIAS:
         a += tl.load(bias_ptr + head * HEAD_DIM + i, mask=inside, other=0.0).to(tl.float32)
         b += tl.load(bias_ptr + head * HEAD_DIM + HALF + i, mask=inside, other=0.0).to(tl.float32)
@@ -102,7 +105,6 @@ def qkv_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
     sumsq_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
     eps: tl.tensor,
     w_ptr: tl.tensor,
     stride_w: tl.tensor,
@@ -134,19 +136,21 @@ def qkv_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 rotary pairs, one split of K, 16 columns or the whole window."""
-    if tl.load(live_ptr) == 0:
-        return
     HALF: tl.constexpr = HEAD_DIM // 2
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     pair = n // 2
     row = ((pair // HALF) * HEAD_DIM + pair % HALF + (n % 2) * HALF).to(tl.int64)
     weights = (w_ptr, stride_w, row, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
+    if tl.load(live_ptr) == 0:
+        return
     k_cache = (k_ptr, stride_k_head, stride_k_row)
     v_cache = (v_ptr, stride_v_head, stride_v_row)
     product(
-        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, norm_ptr, eps), (partials_ptr, counters_ptr),
+        (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, eps), (partials_ptr, counters_ptr),
         (bias_ptr, rotary_ptr, start_ptr, q_ptr, k_cache, v_cache), (HAS_BIAS, HEADS, KV_HEADS, HEAD_DIM),
         length, K, _store,
         EVERY, NORM_LOG2, SUBS, SPLITS, BLOCK_N, BLOCK_K, NARROW_STAGES, WIDE_STAGES, EVEN, UPCAST,
@@ -156,7 +160,6 @@ def qkv_kernel(
 def plan(
     x: Tensor,
     sumsq: Tensor,
-    norm: Tensor,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
@@ -174,9 +177,8 @@ def plan(
     """The launch of a normalised Q, K, V projection with rotation and cache write.
 
     Args:
-        x: [64, C] dtype (float32, bfloat16 or float16).
-        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of x per 64-channel tile.
-        norm: [C] dtype, weight of the RMSNorm.
+        x: [64, C] dtype (float32, bfloat16 or float16), the residual stream times the weight of the RMSNorm.
+        sumsq: [ceil(C / 64), 64] float32, contiguous: sums of squares of the residual stream per 64-channel tile.
         eps: of the RMSNorm.
         weight: [(H + 2 KV) D, C] dtype, rows of Q, then K, then V, in the checkpoint's order.
         bias: [(H + 2 KV) D] dtype, or None.
@@ -199,7 +201,6 @@ def plan(
     rows, width = weight.shape
     check_tensor("x", x, (WINDOW, width), dtype, device)
     check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
-    check_tensor("norm", norm, (width,), dtype, device, contiguous=True)
     if bias is not None:
         check_tensor("bias", bias, (rows,), dtype, device, contiguous=True)
     check_tensor("q", q, (WINDOW, None, None), dtype, device, contiguous=True)
@@ -223,7 +224,6 @@ def plan(
             x,
             x.stride(0),
             sumsq,
-            norm,
             eps,
             weight,
             weight.stride(0),

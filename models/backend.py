@@ -57,8 +57,8 @@ class Backend(Protocol):
         """Positions start .. start + length - 1, start a 0-d int64 device tensor, rotary the whole table."""
         ...
 
-    def embed(self, table: Tensor, tokens: Tensor, window: Any) -> Tensor:
-        """[V, C] gathered by tokens [T] int64 -> residual stream [T, C]."""
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Any) -> Tensor:
+        """[V, C] gathered by tokens [T] int64 -> residual stream [T, C], which the RMSNorm of weight `norm` reads."""
         ...
 
     def qkv(
@@ -83,9 +83,18 @@ class Backend(Protocol):
         ...
 
     def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: Any
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        window: Any,
     ) -> Tensor:
-        """residual + x W^T + b: x [T, K], weight [C, K], residual [T, C] -> [T, C]."""
+        """residual + x W^T + b: x [T, K], weight [C, K], residual [T, C] -> [T, C].
+
+        `norm` [C] is the weight of the RMSNorm that reads the result: a backend may prepare for it here.
+        """
         ...
 
     def gate_up(
@@ -120,7 +129,7 @@ class TorchBackend:
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
         return Window(positions, cos, sin, mask)
 
-    def embed(self, table: Tensor, tokens: Tensor, window: Window) -> Tensor:
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Window) -> Tensor:
         """See `Backend`."""
         return reference.embedding(table, tokens)
 
@@ -151,7 +160,13 @@ class TorchBackend:
         return reference.attention(q, k_cache, v_cache, window.mask)
 
     def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: Window
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        window: Window,
     ) -> Tensor:
         """See `Backend`."""
         return reference.linear(x, weight, bias).add_(residual)

@@ -202,9 +202,8 @@ def _pass(
     backend = model.backend
     group = model.config.num_heads // model.config.num_kv_heads
     window = backend.window(model.rotary, start, tokens.shape[0], kv_bound, group)
-    x = run_layers(
-        model, cache, backend, backend.embed(model.embedding, tokens, window), window, rows is None
-    )
+    x = backend.embed(model.embedding, tokens, model.layers[0].attn_norm, window)
+    x = run_layers(model, cache, backend, x, window, rows is None)
     return None if rows is None else backend.head(x, rows, model.norm, model.config.rms_norm_eps, model.head)
 
 
@@ -213,13 +212,15 @@ def run_layers(
 ) -> Tensor:
     """The residual stream after all layers; with `cache_only` the last one stops when its cache is written."""
     eps = model.config.rms_norm_eps
-    for layer, k, v in zip(model.layers, cache.k, cache.v, strict=True):
+    following = [*(layer.attn_norm for layer in model.layers[1:]), model.norm]
+    for layer, then, k, v in zip(model.layers, following, cache.k, cache.v, strict=True):
         q = backend.qkv(x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, k, v, window)
         if cache_only and layer is model.layers[-1]:
             break
-        x = backend.project(backend.attention(q, k, v, window), layer.out, layer.out_bias, x, window)
+        attended = backend.attention(q, k, v, window)
+        x = backend.project(attended, layer.out, layer.out_bias, x, layer.mlp_norm, window)
         inner = backend.gate_up(x, layer.mlp_norm, eps, layer.gate_up, layer.gate_up_bias, window)
-        x = backend.project(inner, layer.down, layer.down_bias, x, window)
+        x = backend.project(inner, layer.down, layer.down_bias, x, then, window)
     return x
 
 

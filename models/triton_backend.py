@@ -2,7 +2,8 @@
 
 A pass over L layers that wants logits is 5 L + 2 launches (embedding, five a layer, head); one that only fills
 the cache ends with the last layer's QKV launch, 5 L - 3. The residual stream lives in one buffer, with the sums
-of squares of its rows beside it: whoever writes the stream writes the sums, whoever normalises reads them.
+of squares of its rows and its product with the next norm's weight beside it: whoever writes the stream writes
+both, whoever normalises reads them.
 """
 
 from __future__ import annotations
@@ -82,13 +83,15 @@ class Buffers:
 
     Attributes:
         stream: [64, C] dtype, the residual stream.
-        squares: [ceil(C / 64), 64] float32, its sums of squares per 64-channel tile.
+        scaled: [64, C] dtype, the stream times the weight of the RMSNorm that reads it next.
+        squares: [ceil(C / 64), 64] float32, the stream's sums of squares per 64-channel tile.
         q: [64, H, D] dtype. attended: [64, H D] dtype. inner: [64, I] dtype.
         logits: [64, V rounded up to 4] float32. statistics: of their tiles.
         products, splits: scratch of products split along K, and of attention split along the sequence.
     """
 
     stream: Tensor
+    scaled: Tensor
     squares: Tensor
     q: Tensor
     attended: Tensor
@@ -116,6 +119,7 @@ class Buffers:
         )
         return cls(
             stream=new(WINDOW, hidden),
+            scaled=new(WINDOW, hidden),
             squares=new(tiles(hidden, CHANNELS), WINDOW, kind=torch.float32),
             q=new(WINDOW, config.num_heads, config.head_dim),
             attended=new(WINDOW, queries),
@@ -140,7 +144,7 @@ class Buffers:
 
     def nbytes(self) -> int:
         """Bytes of all of them."""
-        singles = (self.stream, self.squares, self.q, self.attended, self.inner, self.logits)
+        singles = (self.stream, self.scaled, self.squares, self.q, self.attended, self.inner, self.logits)
         groups = (self.statistics, self.products, self.splits)
         grouped = (getattr(group, name) for group in groups for name in group.__slots__)
         return sum(tensor.nbytes for tensor in chain(singles, grouped))
@@ -192,18 +196,22 @@ class TritonBackend:
         """See `Backend`."""
         return TritonWindow(start, length, kv_bound, rotary)
 
-    def embed(self, table: Tensor, tokens: Tensor, window: TritonWindow) -> Tensor:
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: TritonWindow) -> Tensor:
         """See `Backend`."""
         b = self.buffers
-        self.emit(embed.plan(table, tokens, window.length, b.stream, b.squares, live=window.live))
+        launch = embed.plan(
+            table, tokens, norm, window.length, b.stream, b.scaled, b.squares, live=window.live
+        )
+        self.emit(launch)
         return b.stream
 
-    def embed_placed(self, table: Tensor, tokens: Tensor, window: TritonWindow) -> None:
+    def embed_placed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: TritonWindow) -> None:
         """`embed` of the window's part of the token buffer [max_seq + 64]."""
         b = self.buffers
-        self.emit(
-            embed.plan(table, tokens, window.length, b.stream, b.squares, window.start, live=window.live)
+        launch = embed.plan(
+            table, tokens, norm, window.length, b.stream, b.scaled, b.squares, window.start, live=window.live
         )
+        self.emit(launch)
 
     def qkv(
         self,
@@ -219,7 +227,7 @@ class TritonBackend:
         """See `Backend`."""
         b, rotary, start, length = self.buffers, window.rotary, window.start, window.length
         launch = qkv.plan(
-            x, b.squares, norm, eps, weight, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
+            b.scaled, b.squares, eps, weight, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
             self.configs.qkv, live=window.live,
         )  # fmt: skip
         self.emit(launch)
@@ -245,14 +253,21 @@ class TritonBackend:
         return b.attended
 
     def project(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, window: TritonWindow
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        window: TritonWindow,
     ) -> Tensor:
         """See `Backend`. The result takes the place of the residual."""
         b = self.buffers
         cut = self.configs.down if x is b.inner else self.configs.out
         launch = project.plan(
-            x, weight, bias, residual, window.length, residual, b.squares, b.products, cut, live=window.live
-        )
+            x, weight, bias, residual, norm, window.length, residual, b.scaled, b.squares, b.products, cut,
+            live=window.live,
+        )  # fmt: skip
         self.emit(launch)
         return residual
 
@@ -263,9 +278,8 @@ class TritonBackend:
         b = self.buffers
         self.emit(
             gate_up.plan(
-                x,
+                b.scaled,
                 b.squares,
-                norm,
                 eps,
                 weight,
                 bias,
@@ -283,7 +297,7 @@ class TritonBackend:
         b, vocab = self.buffers, weight.shape[0]
         self.emit(
             head.plan(
-                x, b.squares, norm, eps, weight, rows, vocab, b.logits, b.statistics, None, self.configs.head
+                b.scaled, b.squares, eps, weight, rows, vocab, b.logits, b.statistics, None, self.configs.head
             )
         )
         return b.logits[: rows.shape[0], :vocab]
@@ -291,7 +305,6 @@ class TritonBackend:
     def head_placed(
         self,
         placement: Placement,
-        norm: Tensor,
         eps: float,
         weight: Tensor,
         out: HeadOutputs,
@@ -300,7 +313,7 @@ class TritonBackend:
         """`head` of rows that the device places, with the statistics that sampling needs."""
         b, cut = self.buffers, self.configs.head
         launch = head.plan(
-            b.stream, b.squares, norm, eps, weight, placement, out.vocab_size, out.rows, out.statistics,
+            b.scaled, b.squares, eps, weight, placement, out.vocab_size, out.rows, out.statistics,
             out.noise, cut, live=live,
         )  # fmt: skip
         self.emit(launch)
@@ -356,10 +369,10 @@ def plan_pass(
     recorder = backend.recorded(launches)
     group = model.config.num_heads // model.config.num_kv_heads
     window = replace(recorder.window(model.rotary, start, width, kv_bound, group), live=live)
-    recorder.embed_placed(model.embedding, tokens, window)
+    recorder.embed_placed(model.embedding, tokens, model.layers[0].attn_norm, window)
     run_layers(model, cache, recorder, backend.buffers.stream, window, placement is None)
     if placement is not None:
-        recorder.head_placed(placement, model.norm, model.config.rms_norm_eps, model.head, outputs, live)
+        recorder.head_placed(placement, model.config.rms_norm_eps, model.head, outputs, live)
     return launches
 
 

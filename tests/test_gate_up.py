@@ -37,7 +37,7 @@ def test_matches_reference(
     weight = random(2 * inner, width, dtype=dtype, scale=width**-0.5, seed=2)
     bias = random(2 * inner, dtype=dtype, seed=3) if splits == 2 else None
     out, space = poisoned(64, inner, dtype=dtype), workspace(2 * inner, config)
-    gate_up.run(x, sums_of_squares(x, length), norm, 1e-5, weight, bias, length, out, space, config)
+    gate_up.run(x * norm, sums_of_squares(x, length), 1e-5, weight, bias, length, out, space, config)
 
     def apply(kind: torch.dtype) -> Tensor:
         normed = reference.rms_norm(x[:length].to(kind), norm.to(kind), 1e-5)
@@ -56,8 +56,7 @@ def test_extreme_gates() -> None:
     x[0], x[1] = 100.0, -100.0
     weight = torch.cat((torch.eye(64) * 1e3, torch.eye(64))).to(x.device)
     out = poisoned(64, 64, dtype=torch.float32)
-    norm = torch.ones(64, device=x.device)
-    gate_up.run(x, sums_of_squares(x, 2), norm, 1e-5, weight, None, 2, out, workspace(128, CONFIG), CONFIG)
+    gate_up.run(x, sums_of_squares(x, 2), 1e-5, weight, None, 2, out, workspace(128, CONFIG), CONFIG)
     torch.testing.assert_close(out[0], torch.full_like(out[0], 1e3), rtol=1e-5, atol=0)
     assert not out[1].any()
 
@@ -67,7 +66,6 @@ def test_extreme_gates() -> None:
     [
         ("x", {"x": zeros(64, 63)}),
         ("sumsq", {"sumsq": zeros(64)}),
-        ("norm", {"norm": zeros(64, dtype=torch.bfloat16)}),
         ("weight", {"weight": zeros(63, 64)}),
         ("weight", {"weight": zeros(64, 64, dtype=torch.float64)}),
         ("bias", {"bias": zeros(32)}),
@@ -81,7 +79,6 @@ def test_refuses(argument: str, change: dict[str, object]) -> None:
     arguments: dict[str, object] = {
         "x": zeros(64, 64),
         "sumsq": zeros(1, 64),
-        "norm": zeros(64),
         "eps": 1e-5,
         "weight": zeros(64, 64),
         "bias": None,

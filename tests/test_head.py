@@ -83,7 +83,7 @@ def test_matches_reference(
     out = poisoned(64, padded, dtype=torch.float32)
     found = statistics(-(-padded // config.block_n))
     drawn = None if temperature is None else noise(positions, temperature)
-    head.run(x, sums_of_squares(x, 64), norm, EPS, weight, rows, vocab, out, found, drawn, config)
+    head.run(x * norm, sums_of_squares(x, 64), EPS, weight, rows, vocab, out, found, drawn, config)
 
     def apply(kind: torch.dtype) -> Tensor:
         return torch.nn.functional.linear(
@@ -114,7 +114,7 @@ def test_placed_rows_are_the_listed_ones_somewhere_else(
     positions = torch.arange(count, device=DEVICE) + decided
     expected, listed = poisoned(64, padded, dtype=torch.float32), statistics(2)
     sums = sums_of_squares(x, 64)
-    head.run(x, sums, norm, EPS, weight, rows, vocab, expected, listed, noise(positions, 0.9), CONFIG)
+    head.run(x * norm, sums, EPS, weight, rows, vocab, expected, listed, noise(positions, 0.9), CONFIG)
 
     capacity = 38
     out, found = poisoned(capacity, padded, dtype=torch.float32), statistics(2)
@@ -124,7 +124,7 @@ def test_placed_rows_are_the_listed_ones_somewhere_else(
     scalars = (torch.tensor(value, device=DEVICE) for value in (start, decided, first))
     place = head.Placement(*scalars, count=count)
     drawn = head.Noise(seed_words(), None, torch.tensor(0.9, device=DEVICE))
-    head.run(x, sums, norm, EPS, weight, place, vocab, out, found, drawn, CONFIG)
+    head.run(x * norm, sums, EPS, weight, place, vocab, out, found, drawn, CONFIG)
     begin = decided - first
     kept = min(count, capacity - begin)
     assert torch.equal(out[begin : begin + kept], expected[:kept])
@@ -142,7 +142,7 @@ def test_rows_that_belong_before_the_first_are_dropped() -> None:
     out, found = poisoned(64, 64, dtype=torch.float32), statistics(1)
     scalars = (torch.tensor(value, device=DEVICE) for value in (0, 5, 8))
     place = head.Placement(*scalars, count=2)
-    head.run(x, sums_of_squares(x, 64), weight[0], EPS, weight, place, 64, out, found, None, CONFIG)
+    head.run(x * weight[0], sums_of_squares(x, 64), EPS, weight, place, 64, out, found, None, CONFIG)
     assert_untouched(out)
     assert_untouched(found.peak)
 
@@ -151,7 +151,7 @@ def test_ties_go_to_the_lowest_index() -> None:
     weight = torch.ones(64, 64, device=DEVICE)
     found, out = statistics(1), poisoned(64, 64, dtype=torch.float32)
     x, rows = torch.ones(64, 64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    head.run(x, sums_of_squares(x, 1), weight[0], EPS, weight, rows, 64, out, found, None, CONFIG)
+    head.run(x, sums_of_squares(x, 1), EPS, weight, rows, 64, out, found, None, CONFIG)
     assert found.token[0, 0] == 0
 
 
@@ -162,7 +162,7 @@ def test_a_logit_that_is_not_finite_shows_in_the_sum(bad: float) -> None:
     weight[70] = bad
     found, out = statistics(2), poisoned(64, 128, dtype=torch.float32)
     x, rows = torch.ones(64, 64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    head.run(x, sums_of_squares(x, 1), weight[0], EPS, weight, rows, 128, out, found, None, CONFIG)
+    head.run(x, sums_of_squares(x, 1), EPS, weight, rows, 128, out, found, None, CONFIG)
     assert found.total[0].isnan().tolist() == [False, True]
 
 
@@ -218,7 +218,6 @@ def test_gumbel_noise_at_both_ends() -> None:
     [
         ("x", {"x": zeros(64, 63)}),
         ("sumsq", {"sumsq": zeros(2, 64)}),
-        ("norm", {"norm": zeros(65)}),
         ("weight", {"weight": zeros(100, 64, dtype=torch.int32)}),
         ("rows", {"rows": torch.zeros(3, dtype=torch.int32, device=DEVICE)}),
         ("rows", {"rows": torch.zeros(65, dtype=torch.int64, device=DEVICE)}),
@@ -236,7 +235,6 @@ def test_refuses(argument: str, change: dict[str, object]) -> None:
     arguments: dict[str, object] = {
         "x": zeros(64, 64),
         "sumsq": zeros(1, 64),
-        "norm": zeros(64),
         "eps": EPS,
         "weight": zeros(100, 64),
         "rows": torch.zeros(3, dtype=torch.int64, device=DEVICE),

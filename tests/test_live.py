@@ -57,7 +57,7 @@ WIDTH = 96
 
 
 def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A window, its sums of squares, a norm, and weights."""
+    """A window, its sums of squares, a norm's weight, and weights."""
     x = random(64, WIDTH, dtype=torch.float32)
     weight = random(rows, WIDTH, dtype=torch.float32, scale=0.1, seed=2)
     return x, sums_of_squares(x, 64), random(WIDTH, dtype=torch.float32, seed=1), weight
@@ -69,10 +69,13 @@ def scalar(value: int) -> Tensor:
 
 def prepared_embed() -> Prepared:
     table, tokens = random(9, WIDTH, dtype=torch.float32), torch.arange(64, device=DEVICE) % 9
-    out, sums = poisoned(64, WIDTH, dtype=torch.float32), poisoned(2, 64, dtype=torch.float32)
-    return Prepared(
-        lambda live: embed.plan(table, tokens, T, out, sums, scalar(3), live=live), [out, sums], []
-    )
+    out, scaled = poisoned(2, 64, WIDTH, dtype=torch.float32)
+    norm, sums = random(WIDTH, dtype=torch.float32, seed=1), poisoned(2, 64, dtype=torch.float32)
+
+    def launch(live: Tensor | None) -> Launch:
+        return embed.plan(table, tokens, norm, T, out, scaled, sums, scalar(3), live=live)
+
+    return Prepared(launch, [out, scaled, sums], [])
 
 
 def prepared_qkv() -> Prepared:
@@ -83,7 +86,7 @@ def prepared_qkv() -> Prepared:
 
     def launch(live: Tensor | None) -> Launch:
         return qkv.plan(
-            x, sums, norm, 1e-5, weight, None, rotary, start, T, q, k, v, space, SPLIT, live=live
+            x * norm, sums, 1e-5, weight, None, rotary, start, T, q, k, v, space, SPLIT, live=live
         )  # fmt: skip
 
     return Prepared(launch, [q, k, v, space.partials], [space.counters])
@@ -110,12 +113,13 @@ def prepared_attention() -> Prepared:
 def prepared_project() -> Prepared:
     x, _, _, weight = inputs(72)
     residual, space = random(64, 72, dtype=torch.float32, seed=3), workspace(72, SPLIT)
-    out, sums = poisoned(64, 72, dtype=torch.float32), poisoned(2, 64, dtype=torch.float32)
+    out, scaled = poisoned(2, 64, 72, dtype=torch.float32)
+    norm, sums = random(72, dtype=torch.float32, seed=1), poisoned(2, 64, dtype=torch.float32)
 
     def launch(live: Tensor | None) -> Launch:
-        return project.plan(x, weight, None, residual, T, out, sums, space, SPLIT, live=live)
+        return project.plan(x, weight, None, residual, norm, T, out, scaled, sums, space, SPLIT, live=live)
 
-    return Prepared(launch, [out, sums, space.partials], [space.counters])
+    return Prepared(launch, [out, scaled, sums, space.partials], [space.counters])
 
 
 def prepared_gate_up() -> Prepared:
@@ -123,7 +127,7 @@ def prepared_gate_up() -> Prepared:
     out, space = poisoned(64, 40, dtype=torch.float32), workspace(80, SPLIT)
 
     def launch(live: Tensor | None) -> Launch:
-        return gate_up.plan(x, sums, norm, 1e-5, weight, None, T, out, space, SPLIT, live=live)
+        return gate_up.plan(x * norm, sums, 1e-5, weight, None, T, out, space, SPLIT, live=live)
 
     return Prepared(launch, [out, space.partials], [space.counters])
 
@@ -136,7 +140,7 @@ def prepared_head() -> Prepared:
 
     def launch(live: Tensor | None) -> Launch:
         return head.plan(
-            x, sums, norm, 1e-5, weight, place, 101, out, statistics, noise, CONFIG, live=live
+            x * norm, sums, 1e-5, weight, place, 101, out, statistics, noise, CONFIG, live=live
         )  # fmt: skip
 
     found = [statistics.peak, statistics.total, statistics.best, statistics.token]
@@ -280,7 +284,8 @@ class Decoding:
         backend = self.tiers[level].model.backend
         assert isinstance(backend, TritonBackend)
         b = backend.buffers
-        return {"stream": b.stream, "squares": b.squares, "q": b.q, "attended": b.attended, "inner": b.inner}
+        names = ("stream", "scaled", "squares", "q", "attended", "inner")
+        return {name: getattr(b, name) for name in names}
 
     def touched(self, level: int) -> dict[str, Tensor]:
         """All that a pass of a tier may write to."""

@@ -32,8 +32,11 @@ def compute(
     out = poisoned(64, channels, dtype=weight.dtype)
     sumsq = poisoned(-(-channels // 64), 64, dtype=torch.float32)
     space = workspace(channels, config)
-    project.run(x, weight, bias, residual, length, out, sumsq, space, config)
+    norm, scaled = random(channels, dtype=weight.dtype, seed=4), poisoned(64, channels, dtype=weight.dtype)
+    project.run(x, weight, bias, residual, norm, length, out, scaled, sumsq, space, config)
     assert not space.counters.any()
+    assert torch.equal(scaled[:length], out[:length] * norm)
+    assert_untouched(scaled[length:])
     return out, sumsq
 
 
@@ -69,7 +72,8 @@ def test_in_place() -> None:
     weight = random(128, 96, dtype=torch.float32, seed=2)
     expected, _ = compute(x, weight, None, residual, 5, CONFIG)
     sumsq = poisoned(2, 64, dtype=torch.float32)
-    project.run(x, weight, None, residual, 5, residual, sumsq, workspace(128, CONFIG), CONFIG)
+    scaled, space = poisoned(64, 128, dtype=torch.float32), workspace(128, CONFIG)
+    project.run(x, weight, None, residual, residual[0].clone(), 5, residual, scaled, sumsq, space, CONFIG)
     assert torch.equal(residual[:5], expected[:5])
 
 
@@ -92,6 +96,8 @@ def test_two_tiles_of_channels_in_a_program() -> None:
         ("residual", {"residual": zeros(63, 128)}),
         ("residual", {"residual": zeros(64, 128, device="meta")}),
         ("out", {"out": zeros(1, 128).expand(64, 128)}),
+        ("norm", {"norm": zeros(64)}),
+        ("scaled", {"scaled": zeros(64, 192)[:, :128]}),
         ("sumsq", {"sumsq": zeros(2, 64, dtype=torch.float16)}),
         ("length", {"length": 65}),
         ("length", {"length": 0}),
@@ -105,8 +111,10 @@ def test_refuses(argument: str, change: dict[str, object]) -> None:
         "weight": zeros(128, 96),
         "bias": None,
         "residual": zeros(64, 128),
+        "norm": zeros(128),
         "length": 4,
         "out": zeros(64, 128),
+        "scaled": zeros(64, 128),
         "sumsq": zeros(2, 64),
         "workspace": workspace(128, CONFIG),
         "config": CONFIG,

@@ -134,7 +134,7 @@ def test_the_tests_leave_rows_as_the_head_does() -> None:
     drawn_noise = head.Noise(head_board.seed, positions, head_board.temperature)
     rows, found = head_board.rows[1], head_board.statistics_of(1)
     head.run(
-        x, sums_of_squares(x, 64), torch.ones(width, device=DEVICE), 1e-5, weight, positions, vocab, rows, found,
+        x, sums_of_squares(x, 64), 1e-5, weight, positions, vocab, rows, found,
         drawn_noise, CONFIG,
     )  # fmt: skip
     put_rows(board, 1, rows[:3, :vocab])
