@@ -30,7 +30,6 @@ from pyramid_rt.kernels.attention_configs import BLOCK_M, FAN, AttentionConfig, 
 from pyramid_rt.kernels.common import (
     DTYPES,
     Launch,
-    await_earlier,
     check_length,
     check_scalar,
     check_tensor,
@@ -112,10 +111,8 @@ def attention_kernel(
     SIZE2: tl.constexpr,
     EDGE0: tl.constexpr,
     EDGE1: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (row tiles, splits of kv_bound, KV heads). scale is log2(e) / sqrt(D)."""
-    await_earlier(DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
     tile = tl.program_id(0)
@@ -385,8 +382,7 @@ def plan(
             "SIZE2": config.splits.sizes[2],
             "EDGE0": config.splits.edges[0],
             "EDGE1": config.splits.edges[1],
-            "DEPENDENT": 0,
-            "num_warps": config.num_warps,
+                "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             # Its default changed between versions; without it a fold compiles to the same sums everywhere.
             "enable_fp_fusion": False,

@@ -145,18 +145,6 @@ def check_length(length: int) -> None:
 
 
 @triton.jit
-def await_earlier(DEPENDENT: tl.constexpr) -> None:
-    """Wait for the launches before this one, where it may begin while they still run (sm_90 and later).
-
-    The next launch may begin as soon as every program of this one has: its programs then stand ready, and wait
-    here until this launch and all before it have ended and what they wrote can be read.
-    """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def arrive(counter_ptr: tl.tensor, expected: tl.tensor) -> tl.tensor:
     """Announce this program's partials; whether it is the last of `expected`, which resets the counter."""
     # Triton 3.6 puts no barrier before an atomic of its own: without this one, other warps' partials may

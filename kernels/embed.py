@@ -16,7 +16,6 @@ from pyramid_rt.kernels.common import (
     DTYPES,
     WINDOW,
     Launch,
-    await_earlier,
     check_length,
     check_strides,
     check_tensor,
@@ -47,10 +46,8 @@ def embed_kernel(
     width: tl.tensor,
     PLACED: tl.constexpr,
     UPCAST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: 16 rows of 64 channels."""
-    await_earlier(DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
     tile = tl.program_id(0)
@@ -133,8 +130,7 @@ def plan(
         {
             "PLACED": start is not None,
             "UPCAST": interpreted(embed_kernel),
-            "DEPENDENT": 0,
-            "num_warps": 2,
+                "num_warps": 2,
             "enable_fp_fusion": False,
         },
     )

@@ -25,7 +25,6 @@ from pyramid_rt.kernels.noise import gumbel, philox_words
 from pyramid_rt.kernels.product import (
     LISTED,
     PLACED,
-    await_activations,
     product,
     product_grid,
     product_options,
@@ -238,13 +237,11 @@ def head_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N entries of the vocabulary, 16 rows or all of them."""
     tl.static_assert(SPLITS == 1)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n, n < vocab)
-    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)

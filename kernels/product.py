@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.common import CHANNELS, WINDOW, arrive, await_earlier, check_tensor, interpreted, tiles
+from pyramid_rt.kernels.common import CHANNELS, WINDOW, arrive, check_tensor, interpreted, tiles
 from pyramid_rt.kernels.configs import ProjectionConfig
 
 # Columns of a narrow product: the fewest that sm_90 multiplies from shared memory without serialising.
@@ -93,7 +93,6 @@ def product_options(kernel: Any, config: ProjectionConfig, width: int) -> dict[s
         "WIDE_STAGES": config.wide_stages,
         "EVEN": width % config.block_k == 0,
         "UPCAST": interpreted(kernel),
-        "DEPENDENT": 0,
         "num_warps": config.num_warps,
         # Fusion would be the compiler's choice, and could differ between the two widths of one kernel.
         "enable_fp_fusion": False,
@@ -146,30 +145,6 @@ def round_to(x: tl.tensor, dtype: tl.constexpr, UPCAST: tl.constexpr) -> tl.tens
     else:
         rounded = x.to(dtype).to(tl.float32)
     return rounded
-
-
-@triton.jit
-def await_activations(
-    weights,
-    K: tl.tensor,
-    SPLITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-) -> None:
-    """`await_earlier`, and meanwhile ask for the weights of the pipeline's first steps: nobody writes those."""
-    if DEPENDENT == 2:
-        w_ptr, stride_w, w_row, w_keep = weights
-        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = STAGES * BLOCK_K // LINE
-        share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
-        k = tl.minimum(tl.program_id(2) * share + tl.arange(0, LINES) * LINE, K - 1)
-        row = tl.where(w_keep, w_row, 0)
-        lines = (w_ptr + row[:, None] * stride_w + k[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-        )
-    await_earlier(DEPENDENT)
 
 
 @triton.jit

@@ -29,7 +29,6 @@ from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.product import (
     EVERY,
     Workspace,
-    await_activations,
     check_workspace,
     product,
     product_grid,
@@ -107,12 +106,10 @@ def project_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N channels, one split of K, 16 columns or the whole window."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n, n < N)
-    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
     epilogue = (

@@ -32,7 +32,6 @@ from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.product import (
     EVERY,
     Workspace,
-    await_activations,
     check_workspace,
     product,
     product_grid,
@@ -136,7 +135,6 @@ def qkv_kernel(
     WIDE_STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ) -> None:
     """One program: BLOCK_N / 2 rotary pairs, one split of K, 16 columns or the whole window."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -144,7 +142,6 @@ def qkv_kernel(
     pair = n // 2
     row = ((pair // HALF) * HEAD_DIM + pair % HALF + (n % 2) * HALF).to(tl.int64)
     weights = (w_ptr, stride_w, row, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    await_activations(weights, K, SPLITS, BLOCK_K, NARROW_STAGES, DEPENDENT)
     if tl.load(live_ptr) == 0:
         return
     k_cache = (k_ptr, stride_k_head, stride_k_row)
