@@ -80,7 +80,7 @@ _MACHINES = {
     120: _Machine(340, 4, (128, 4, 3), (128, 4, 3)),
 }
 # Measured choices: (op, arch, N, K, dtype) of one matrix product -> its configuration, in place of the rule below.
-# What belongs here is what bench.tune_kernels found faster than the rule on that architecture. An entry with
+# What belongs here is what bench.kernel_tuner found faster than the rule on that architecture. An entry with
 # another block_k or other splits changes the order of additions, so it changes the bits, for every T alike.
 TUNED: Mapping[tuple[Op, int, int, int, torch.dtype], ProjectionConfig] = MappingProxyType({})
 # No split leaves a program with fewer bytes of each weight row than this: its pipeline would never fill.

@@ -11,22 +11,22 @@ from typing import Any, Literal, Unpack
 
 import torch
 
-from pyramid_rt.engine import Engine
+from pyramid_rt.decoding.engine import Engine
+from pyramid_rt.decoding.generation import Generation
+from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
+from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.decoding.rounds import by_kernels
+from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.state import Plan
+from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
-from pyramid_rt.generation import Generation
-from pyramid_rt.graphs import CudaRecorder, Recorder
-from pyramid_rt.memory import MemoryPlan
-from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.loading.memory import MemoryPlan
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
-from pyramid_rt.rounds import by_kernels
-from pyramid_rt.rules import Fuzzy, Rule
-from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise
 from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
-from pyramid_rt.text import TextAssembler
-from pyramid_rt.tiers import Tier
-from pyramid_rt.tokenizer import Tokenizer
+from pyramid_rt.text.detokenizer import TextAssembler
+from pyramid_rt.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 GraphKind = Literal["round", "step"]

@@ -23,9 +23,9 @@ from pyramid_rt import (
     Pyramid,
     Rejection,
     WeightsError,
-    memory,
 )
-from pyramid_rt.model_tier import ModelTier
+from pyramid_rt.loading import memory
+from pyramid_rt.loading.model_tier import ModelTier
 
 PROMPT = "def fibonacci(n):"
 OTHERS = ("sd", "psd")
