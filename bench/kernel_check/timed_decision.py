@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.kernel_check.problems import decode_state as boards
+from bench.kernel_check.problems import decode_state as decode_states
 from bench.kernel_check.problems.base import Place, Source
 from bench.kernel_check.problems.decode_state import BASE
 from bench.kernel_check.timed import TIMED, Call, Config, Workload, source_for
@@ -24,7 +24,7 @@ from bench.kernel_check.traffic import copies_for, traffic
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide import readback as report
-from pyramid_rt.kernels.decide.decode_state import COUNTERS, Board
+from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
 from pyramid_rt.kernels.forward.head import TileStatistics
 from pyramid_rt.kernels.launch import WINDOW, Launch
 from pyramid_rt.kernels.reference import sampling as ops
@@ -73,60 +73,62 @@ class TimedDecision:
     ) -> None:
         self.shape, self.place, self.l2_bytes = shape, place, l2_bytes
         self.source = source_for(self.op, shape, "float32", place)
-        self.board = self._board()
+        self.state = self._board()
         self.length, self.most_states = 0, STATES[place.device.type]
         self.states: dict[str, Tensor] = {}
         self.initial: dict[str, Tensor] = {}
 
-    def _board(self) -> Board:
-        return boards.make_board(self.place, self.shape.vocab, WINDOW, lists=self.lists)
+    def _board(self) -> DecodeState:
+        return decode_states.make_decode_state(self.place, self.shape.vocab, WINDOW, lists=self.lists)
 
     def count(self, length: int) -> int:
         """Positions of the launch: a verify has at least two."""
         return max(2, length)
 
-    def parts(self, board: Board, length: int) -> tuple[Launch, ...]:
+    def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """The launches of one decision."""
-        return (decision.plan(board, 1, self.count(length), self.rule),)
+        return (decision.plan(state, 1, self.count(length), self.rule),)
 
-    def fill(self, board: Board, source: Source) -> None:
+    def fill(self, state: DecodeState, source: Source) -> None:
         """Rows of both tiers, on which their own tokens agree for most positions."""
-        boards.request(board, temperature=HEAT, filters=FILTERED if self.filters else 0, threshold=THRESHOLD)
+        decode_states.request(
+            state, temperature=HEAT, filters=FILTERED if self.filters else 0, threshold=THRESHOLD
+        )
         p = source.random(WINDOW, self.shape.vocab, scale=3.0)
         q = p + source.random(*p.shape, scale=0.05)
         self.set_apart(p, q)
         for level, rows in ((0, q), (1, p)):
-            self.scores = boards.scores(board, rows)
-            boards.put_rows(board, level, rows, self.scores)
+            self.scores = decode_states.scores(state, rows)
+            decode_states.put_rows(state, level, rows, self.scores)
             if level == 0:
                 self.first_scores = self.scores[:1].clone()
-        self.noise = self.scores - p / board.temperature
+        self.noise = self.scores - p / state.temperature
 
     def set_apart(self, p: Tensor, q: Tensor) -> None:
         """Change the rows [64, V] of both tiers where a rule should find a token to refuse."""
 
     def open(self, length: int) -> None:
         """The open round of every state."""
-        best = self.board.statistics.best[1, : self.count(length) - 1].argmax(-1, keepdim=True)
-        proposed = self.board.statistics.token[1].gather(-1, best).squeeze(-1)
-        boards.open_verify(self.board, 1, proposed.to(torch.int64))
+        best = self.state.statistics.best[1, : self.count(length) - 1].argmax(-1, keepdim=True)
+        proposed = self.state.statistics.token[1].gather(-1, best).squeeze(-1)
+        decode_states.open_verify(self.state, 1, proposed.to(torch.int64))
 
     def prepare(self, length: int) -> None:
-        """Fill the board at the first call; stack the states of this length."""
+        """Fill the decode state at the first call; stack the states of this length."""
         if self.place.device.type == "meta":
             self.states = {
-                n: torch.stack([getattr(self.board, n)] * self.most_states)
+                n: torch.stack([getattr(self.state, n)] * self.most_states)
                 for n in ("control", "tokens", "source")
             }
             return
         if not self.states:
-            self.fill(self.board, self.source)
+            self.fill(self.state, self.source)
         if self.length != length:
             self.open(length)
             self.length = length
             self.initial = {}
             for name in ("control", "tokens", "source"):
-                kept: Tensor = getattr(self.board, name)
+                kept: Tensor = getattr(self.state, name)
                 self.initial[name] = kept.clone()
                 self.states[name] = kept.repeat(self.most_states, *[1] * kept.dim())
 
@@ -135,19 +137,19 @@ class TimedDecision:
         for name, stacked in self.states.items():
             stacked.copy_(self.initial[name])
 
-    def chains(self, length: int, board: Sequence[Board]) -> list[Chain]:
-        """A chain per state, the boards' rows in turn."""
+    def chains(self, length: int, state: Sequence[DecodeState]) -> list[Chain]:
+        """A chain per state, the decode states' rows in turn."""
         self.prepare(length)
         made = []
         for i in range(self.states["control"].shape[0]):
             control, tokens, source = (self.states[name][i] for name in ("control", "tokens", "source"))
-            own = replace(board[i % len(board)], control=control, tokens=tokens, source=source)
+            own = replace(state[i % len(state)], control=control, tokens=tokens, source=source)
             made.append(Chain(self.parts(own, length), self.reset if i == 0 else None))
         return made
 
     def launches(self, length: int) -> list[Chain]:
         """See the module: rows in the L2."""
-        return self.chains(length, [self.board])
+        return self.chains(length, [self.state])
 
     def cold(self, length: int) -> list[Chain]:
         """The same over rotated rows; none where what is read is so little that it always lies in the L2."""
@@ -156,16 +158,16 @@ class TimedDecision:
         count = copies_for(stationary, self.l2_bytes)
         if count > self.most_states:
             return []
-        sets = [self.board]
-        s = self.board.statistics
+        sets = [self.state]
+        s = self.state.statistics
         for _ in range(count - 1):
             copied = TileStatistics(s.peak.clone(), s.total.clone(), s.best.clone(), s.token.clone())
-            sets.append(replace(self.board, rows=self.board.rows.clone(), statistics=copied))
+            sets.append(replace(self.state, rows=self.state.rows.clone(), statistics=copied))
         return self.chains(length, sets)
 
     def compilable(self, length: int) -> tuple[Launch, ...]:
         """What a compiler should see of this T."""
-        return self.parts(self.board, length)
+        return self.parts(self.state, length)
 
     # torch's side
 
@@ -173,11 +175,11 @@ class TimedDecision:
         """Raw rows of both tiers [T, V], [T - 1, V], positions [T], and the proposed tokens [T - 1]."""
         count = self.count(length)
         p, q = (
-            self.board.rows[1, :count, : self.shape.vocab],
-            self.board.rows[0, : count - 1, : self.shape.vocab],
+            self.state.rows[1, :count, : self.shape.vocab],
+            self.state.rows[0, : count - 1, : self.shape.vocab],
         )
-        proposed = self.board.tokens[BASE : BASE + count - 1]
-        return p, q, boards.positions(self.board, count), proposed
+        proposed = self.state.tokens[BASE : BASE + count - 1]
+        return p, q, decode_states.positions(self.state, count), proposed
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """The torch steps' ops as far as the token that follows what stands, without what they write.
@@ -201,7 +203,7 @@ class TimedFuzzy(TimedDecision):
         """Own tokens of scaled rows, divergence, prefix."""
         p, q, _, _ = self.rows(length)
         m = q.shape[0]
-        score, threshold = self.scores[: m + 1], self.board.thresholds[0]
+        score, threshold = self.scores[: m + 1], self.state.thresholds[0]
 
         def run() -> Tensor:
             own = score.argmax(-1)
@@ -234,16 +236,16 @@ class TimedFiltered(TimedDecision):
 
     op, rule, filters, lists = "filtered", "match", True, True
 
-    def parts(self, board: Board, length: int) -> tuple[Launch, ...]:
+    def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """Thresholds, decision."""
         count = self.count(length)
-        made = thresholds.plan(board, 1, count, draw=False, filters=True)
-        return made, decision.plan(board, 1, count, self.rule, stored=True)
+        made = thresholds.plan(state, 1, count, draw=False, filters=True)
+        return made, decision.plan(state, 1, count, self.rule, stored=True)
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """A sort of every row, own tokens, prefix."""
         p, q, _, proposed = self.rows(length)
-        m, b, noise = q.shape[0], self.board, self.noise[: q.shape[0] + 1]
+        m, b, noise = q.shape[0], self.state, self.noise[: q.shape[0] + 1]
 
         def run() -> Tensor:
             kept = ops.process_logits(p, b.temperature, b.top_k, b.top_p, b.min_p, filters=True)
@@ -258,11 +260,11 @@ class TimedRejection(TimedDecision):
 
     op, rule = "reject", "rejection"
 
-    def parts(self, board: Board, length: int) -> tuple[Launch, ...]:
+    def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """Thresholds of both tiers, verdict."""
         count = self.count(length)
-        made = thresholds.plan(board, 1, count, draw=False, filters=False, below=True)
-        return made, decision.plan(board, 1, count, "rejection", stored=True)
+        made = thresholds.plan(state, 1, count, draw=False, filters=False, below=True)
+        return made, decision.plan(state, 1, count, "rejection", stored=True)
 
     def set_apart(self, p: Tensor, q: Tensor) -> None:
         """Token 0 is all that the lower tier wants, and nothing to the upper."""
@@ -271,12 +273,12 @@ class TimedRejection(TimedDecision):
     def open(self, length: int) -> None:
         """The last proposed token is token 0, so that a residual is drawn."""
         super().open(length)
-        self.board.tokens[BASE + self.count(length) - 2] = 0
+        self.state.tokens[BASE + self.count(length) - 2] = 0
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """Log-softmax of both, verdicts, the residual with its noise."""
         p, q, places, proposed = self.rows(length)
-        m, b, vocab = q.shape[0], self.board, self.shape.vocab
+        m, b, vocab = q.shape[0], self.state, self.shape.vocab
         token, score = proposed.unsqueeze(-1), self.scores[: m + 1]
 
         def run() -> Tensor:
@@ -298,14 +300,14 @@ class TimedSample(TimedDecision):
 
     op = "sample"
 
-    def parts(self, board: Board, length: int) -> tuple[Launch, ...]:
+    def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """One."""
-        return (sample.plan(board, 0, first=False, stored=False),)
+        return (sample.plan(state, 0, first=False, stored=False),)
 
     def open(self, length: int) -> None:
         """The first position of a burst."""
         super().open(2)
-        self.board.control[0] = BASE
+        self.state.control[0] = BASE
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """The row's winner."""
@@ -317,20 +319,20 @@ class TimedReport(TimedDecision):
 
     op = "report"
 
-    def _board(self) -> Board:
-        board = super()._board()
+    def _board(self) -> DecodeState:
+        state = super()._board()
         self.most = 20
         self.reported = self.source.scalar(BASE)
-        self.numbers = self.source.new(3 + (2 + COUNTERS) * board.tiers_count + self.most, dtype=torch.int64)
-        return board
+        self.numbers = self.source.new(3 + (2 + COUNTERS) * state.tiers_count + self.most, dtype=torch.int64)
+        return state
 
-    def parts(self, board: Board, length: int) -> tuple[Launch, ...]:
+    def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """One."""
-        return (report.plan(board, self.reported, self.numbers, self.most),)
+        return (report.plan(state, self.reported, self.numbers, self.most),)
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """What `pyramid_rt.cli.command.report` does where torch decides: words, counters and tokens put together."""
-        b = self.board
+        b = self.state
         end, cached, bad, ended = b.control[:1], b.control[2:4], b.control[8:10], b.ended.reshape(1)
 
         def run() -> Tensor:

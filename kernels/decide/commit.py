@@ -11,13 +11,13 @@ from pyramid_rt.kernels.decide.decode_state import mark
 
 
 @triton.jit
-def first_flaw(
-    control_ptr: tl.tensor, flawed: tl.tensor, positions: tl.tensor, valid: tl.tensor, N: tl.constexpr,
+def first_non_finite(
+    control_ptr: tl.tensor, non_finite: tl.tensor, positions: tl.tensor, valid: tl.tensor, N: tl.constexpr,
     LEVEL: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The tier's first undecidable position, those of this verify included."""
     before = tl.load(control_ptr + 2 + 3 * N + LEVEL)
-    found = tl.min(tl.where(valid & (flawed != 0), positions, 4611686018427387904), 0)
+    found = tl.min(tl.where(valid & (non_finite != 0), positions, 4611686018427387904), 0)
     return tl.minimum(before, found)
 
 
@@ -41,7 +41,7 @@ def commit(
     own: tl.tensor,
     stands: tl.tensor,
     inherited: tl.tensor,
-    flawed: tl.tensor,
+    non_finite: tl.tensor,
     residual: tl.tensor,
     until: tl.tensor,
     N: tl.constexpr,
@@ -75,7 +75,7 @@ def commit(
             token = tl.where(whole, token, residual)
         standing = steps < accepted
         differing = tl.sum((standing & (proposed != own)).to(tl.int64), 0)
-        bad = first_flaw(control_ptr, flawed, proposal + steps, steps <= count, N, LEVEL)
+        bad = first_non_finite(control_ptr, non_finite, proposal + steps, steps <= count, N, LEVEL)
         column = tl.arange(0, 8)
         here = counters_ptr + (LEVEL - 1) * 7 + column
         made = tl.where(column == 0, count, tl.where(column == 1, accepted, 0))

@@ -20,7 +20,7 @@ import triton.language as tl
 from pyramid_rt.kernels.configs import architecture
 from pyramid_rt.kernels.decide import divergence, rejection
 from pyramid_rt.kernels.decide.commit import commit
-from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, Board
+from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState
 from pyramid_rt.kernels.decide.divergence import (
     bucketed_divergence,
     finished,
@@ -68,7 +68,7 @@ def decide_kernel(
     own_ptr: tl.tensor,
     normaliser_ptr: tl.tensor,
     cut_ptr: tl.tensor,
-    flawed_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor,
     distance_ptr: tl.tensor,
     partials_ptr: tl.tensor,
     amounts_ptr: tl.tensor,
@@ -123,7 +123,7 @@ def decide_kernel(
     if row_done == 0:
         return
     if not STORED:
-        store_own(best_ptr, token_ptr, peak_ptr, total_ptr, own_ptr, flawed_ptr, step <= count, place, tile_count,
+        store_own(best_ptr, token_ptr, peak_ptr, total_ptr, own_ptr, non_finite_ptr, step <= count, place, tile_count,
                   vocab, TILES)  # fmt: skip
     if FUZZY:
         store_distance(
@@ -138,7 +138,7 @@ def decide_kernel(
     here = LEVEL * row_count + proposal - outer + steps
     proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
     own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
-    flaws = tl.load(flawed_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+    flaws = tl.load(non_finite_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
     stands = proposed == own
     inherited = steps < 0
     if FUZZY:
@@ -217,15 +217,15 @@ def compare_share(
 @triton.jit
 def store_own(
     best_ptr: tl.tensor, token_ptr: tl.tensor, peak_ptr: tl.tensor, total_ptr: tl.tensor, own_ptr: tl.tensor,
-    flawed_ptr: tl.tensor, wanted: tl.tensor, place: tl.tensor, tile_count: tl.tensor, vocab: tl.tensor,
+    non_finite_ptr: tl.tensor, wanted: tl.tensor, place: tl.tensor, tile_count: tl.tensor, vocab: tl.tensor,
     TILES: tl.constexpr,
 ) -> None:  # fmt: skip
     """A row's own token, and whether the row can be decided, from the head's tiles."""
     if wanted:
         offset = place * tile_count
         tl.store(own_ptr + place, row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES))
-        _, flawed = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
-        tl.store(flawed_ptr + place, flawed)
+        _, non_finite = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
+        tl.store(non_finite_ptr + place, non_finite)
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def sum_of_shares(parts_ptr: tl.tensor, CHUNKS: tl.constexpr, SLOTS: tl.constexp
 
 
 def plan(
-    board: Board,
+    state: DecodeState,
     level: int,
     count: int,
     rule: RuleName,
@@ -293,7 +293,7 @@ def plan(
     """The launch that decides a verify by tier `level`.
 
     Args:
-        board: see `Board`.
+        state: see `DecodeState`.
         level: the verifying tier, at least 1.
         count: the longest proposal of the tier below, plus 1.
         rule: one of `RULES`.
@@ -302,7 +302,7 @@ def plan(
             both tiers.
         stored: `thresholds` has run on this tier's rows. Rejection needs it, on the rows of all lower tiers too.
         until: the tier's proposals end when this many tokens stand; None where a fixed number of rounds ends them.
-        arch: one of `configs.ARCHITECTURES`; None for that of the board's device.
+        arch: one of `configs.ARCHITECTURES`; None for that of the decode state's device.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -312,7 +312,7 @@ def plan(
     if kind not in DIVERGENCES:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(DIVERGENCES)}")
     top = rule.startswith("fuzzy") and kind.startswith("topk_")
-    board.check(level, count, lists=top)
+    state.check(level, count, lists=top)
     if level < 1:
         raise ValueError(f"level is {level}, expected at least 1: the lowest tier verifies nothing")
     if count < 2:
@@ -322,15 +322,15 @@ def plan(
     if until is not None and until < 1:
         raise ValueError(f"until is {until}, expected None or at least 1")
     if rule == "rejection":
-        return rejection.plan(board, level, count, until)
-    s, b, tile_count = board.statistics, board, board.statistics.peak.shape[2]
+        return rejection.plan(state, level, count, until)
+    s, b, tile_count = state.statistics, state, state.statistics.peak.shape[2]
     chunks = tiles(b.vocab_size, CHUNK) if rule != "match" else 1
     return Launch(
         decide_kernel,
         (chunks, count, 1),
         (
             *b.sequence(), b.thresholds, b.temperature, b.rows, s.peak, s.total, s.best, s.token, b.own, b.normaliser,
-            b.cut, b.flawed, b.distance, b.partials, b.amounts, b.arrivals, b.picked, b.found, b.values,
+            b.cut, b.non_finite, b.distance, b.partials, b.amounts, b.arrivals, b.picked, b.found, b.values,
             b.rows.shape[1], b.rows.shape[2], tile_count, b.vocab_size, until or 0,
         ),
         {

@@ -61,7 +61,7 @@ def bad_at(tiers: int, level: int = 0) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class DecodeState:
     """Buffers of the decision kernels; all contiguous and on one device.
 
     Attributes:
@@ -75,7 +75,7 @@ class Board:
         statistics: of the same rows, [N, R, tiles of 64].
         own: [N, R] int64, own tokens. normaliser: [N, R] float32, log of the sum of exp(processed logits).
         cut: [N, R] float32, the least scaled logit that the filters let stand.
-        flawed: [N, R] int32, the row cannot be decided.
+        non_finite: [N, R] int32, the row cannot be decided.
         source: [R] int32, the tier whose processed distribution the token there was drawn from.
         distance: [R] float32, divergences of the verify in progress.
         partials: [2 R, chunks] float32. amounts: [R, chunks] int32. arrivals: [2 R + 1] int32, zero.
@@ -101,7 +101,7 @@ class Board:
     own: Tensor
     normaliser: Tensor
     cut: Tensor
-    flawed: Tensor
+    non_finite: Tensor
     source: Tensor
     distance: Tensor
     partials: Tensor
@@ -115,7 +115,7 @@ class Board:
 
     @classmethod
     def allocate(cls, tiers_count: int, row_count: int, capacity: int, vocab_size: int, *, lists: bool,
-                 device: torch.device) -> Board:  # fmt: skip
+                 device: torch.device) -> DecodeState:  # fmt: skip
         """Take every buffer at once.
 
         Args:
@@ -161,7 +161,7 @@ class Board:
             own=zeros(n, r, dtype=torch.int64),
             normaliser=zeros(n, r),
             cut=zeros(n, r),
-            flawed=zeros(n, r, dtype=torch.int32),
+            non_finite=zeros(n, r, dtype=torch.int32),
             source=zeros(r, dtype=torch.int32),
             distance=zeros(r),
             partials=zeros(2 * r, chunks),
@@ -211,18 +211,23 @@ class Board:
         return self.control[index]
 
     def check(self, level: int, count: int, *, lists: bool = False) -> None:
-        """Refuse a board whose buffers do not fit each other, a tier or a verify that it has no room for.
+        """Refuse a decode state whose buffers do not fit each other, a tier or a verify that it has no room for.
 
         Raises:
             ValueError: names the argument, what was found and what was expected.
         """
         check_tensor(
-            "board.rows", self.rows, (None, None, None), torch.float32, self.rows.device, contiguous=True
+            "state.rows",
+            self.rows,
+            (None, None, None),
+            torch.float32,
+            self.rows.device,
+            contiguous=True,
         )
         n, r, padded = self.rows.shape
         vocab, (chunks, tile_count) = self.vocab_size, (tiles(self.vocab_size, CHUNK), tiles(padded, TILE))
         if not vocab <= padded < vocab + PADDING or padded % PADDING:
-            raise ValueError(f"board.rows has {padded} columns, expected {vocab} rounded up to {PADDING}")
+            raise ValueError(f"state.rows has {padded} columns, expected {vocab} rounded up to {PADDING}")
         for name, shape, dtype in (
             ("tokens", (None,), torch.int64), ("origin", (self.tokens.shape[0],), torch.int64),
             ("control", (control_size(n),), torch.int64), ("ended", (), torch.bool),
@@ -230,22 +235,22 @@ class Board:
             ("top_k", (), torch.int64), ("top_p", (), torch.float32), ("min_p", (), torch.float32),
             ("thresholds", (max(1, n - 1),), torch.float32), ("counters", (n, COUNTERS), torch.int64),
             ("own", (n, r), torch.int64), ("normaliser", (n, r), torch.float32), ("cut", (n, r), torch.float32),
-            ("flawed", (n, r), torch.int32), ("source", (r,), torch.int32), ("distance", (r,), torch.float32),
+            ("non_finite", (n, r), torch.int32), ("source", (r,), torch.int32), ("distance", (r,), torch.float32),
             ("partials", (2 * r, chunks), torch.float32), ("amounts", (r, chunks), torch.int32),
             ("arrivals", (2 * r + 1,), torch.int32), ("winners", (2, tiles(vocab, SCAN)), torch.float32),
             ("winning", (2, tiles(vocab, SCAN)), torch.int32),
         ):  # fmt: skip
             check_tensor(
-                f"board.{name}", getattr(self, name), shape, dtype, self.rows.device, contiguous=True
+                f"state.{name}", getattr(self, name), shape, dtype, self.rows.device, contiguous=True
             )
         for name in ("peak", "total", "best", "token"):
             kind = torch.int32 if name == "token" else torch.float32
             tensor: Tensor = getattr(self.statistics, name)
-            check_tensor(f"board.statistics.{name}", tensor, (n, r, tile_count), kind, self.rows.device,
+            check_tensor(f"state.statistics.{name}", tensor, (n, r, tile_count), kind, self.rows.device,
                          contiguous=True)  # fmt: skip
         if lists:
             for name, kind in (("picked", torch.int32), ("found", torch.int32), ("values", torch.float32)):
-                check_tensor(f"board.{name}", getattr(self, name), (r, chunks * CHUNK), kind, self.rows.device,
+                check_tensor(f"state.{name}", getattr(self, name), (r, chunks * CHUNK), kind, self.rows.device,
                              contiguous=True)  # fmt: skip
         if not 0 <= level < n:
             raise ValueError(f"level is {level}, expected 0 to {n - 1}")

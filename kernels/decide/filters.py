@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from pyramid_rt.kernels.configs import architecture
-from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, Board
+from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState
 from pyramid_rt.kernels.decide.rows import (
     divisor,
     join_lists,
@@ -181,7 +181,7 @@ def thresholds_kernel(
     own_ptr: tl.tensor,
     normaliser_ptr: tl.tensor,
     cut_ptr: tl.tensor,
-    flawed_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor,
     partials_ptr: tl.tensor,
     amounts_ptr: tl.tensor,
     arrivals_ptr: tl.tensor,
@@ -255,7 +255,7 @@ def thresholds_kernel(
     )
     mass = tl.sum(parts, 0)
     token = row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES)
-    _, flawed = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
+    _, non_finite = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
     cut = top * 0.0 + float("-inf")
     if FILTERS:
         length = join_lists(
@@ -274,11 +274,11 @@ def thresholds_kernel(
     tl.store(own_ptr + place, token)
     tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
     tl.store(cut_ptr + place, cut)
-    tl.store(flawed_ptr + place, flawed)
+    tl.store(non_finite_ptr + place, non_finite)
 
 
 def plan(
-    board: Board,
+    state: DecodeState,
     level: int,
     count: int,
     *,
@@ -290,39 +290,43 @@ def plan(
     """The launch over the rows that tier `level` has just computed.
 
     Args:
-        board: see `Board`.
+        state: see `DecodeState`.
         level: the tier.
         count: rows: 1 for a draw, else as many as the longest proposal below plus the one after it.
         draw: the row decides the next token; else the rows verify the proposal of the tier below.
         filters: top-k, top-p or min-p may be on; a graph variant.
         below: also the rows of the tier below for the proposed positions; without filters only.
-        arch: one of `configs.ARCHITECTURES`; None for that of the board's device.
+        arch: one of `configs.ARCHITECTURES`; None for that of the decode state's device.
 
     Raises:
         ValueError: names the argument that does not fit.
     """
-    board.check(level, count, lists=filters)
+    state.check(level, count, lists=filters)
     if draw and count != 1:
         raise ValueError(f"count is {count}, expected 1 where a token is drawn")
     if not draw and level == 0:
         raise ValueError("level is 0, expected at least 1: the lowest tier verifies nothing")
     if below and (draw or filters or count < 2):
         raise ValueError(f"below is True, expected False with draw={draw}, filters={filters}, count={count}")
-    s, chunks, tile_count = board.statistics, tiles(board.vocab_size, CHUNK), board.statistics.peak.shape[2]
+    s, chunks, tile_count = (
+        state.statistics,
+        tiles(state.vocab_size, CHUNK),
+        state.statistics.peak.shape[2],
+    )
     return Launch(
         thresholds_kernel,
         (chunks, 2 * count - 1 if below else count, 1),
         (
-            board.control, board.seed, board.temperature, board.top_k, board.top_p, board.min_p,
-            board.rows, s.peak, s.total, s.best, s.token, board.own, board.normaliser, board.cut, board.flawed,
-            board.partials, board.amounts, board.arrivals, board.picked, board.found, board.values,
-            board.rows.shape[1], board.rows.shape[2], tile_count, board.vocab_size,
+            state.control, state.seed, state.temperature, state.top_k, state.top_p, state.min_p,
+            state.rows, s.peak, s.total, s.best, s.token, state.own, state.normaliser, state.cut, state.non_finite,
+            state.partials, state.amounts, state.arrivals, state.picked, state.found, state.values,
+            state.rows.shape[1], state.rows.shape[2], tile_count, state.vocab_size,
         ),
         {
-            "N": board.tiers_count, "LEVEL": level, "DRAW": draw, "COUNT": count, "FILTERS": filters,
+            "N": state.tiers_count, "LEVEL": level, "DRAW": draw, "COUNT": count, "FILTERS": filters,
             "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
-            "BLOCK": min(BLOCK, power_of_two(max(board.vocab_size, TILE))), "SEARCH": SEARCH,
+            "BLOCK": min(BLOCK, power_of_two(max(state.vocab_size, TILE))), "SEARCH": SEARCH,
             "TILES": power_of_two(tile_count),
-            "num_warps": WARPS_OF.get(architecture(board.rows.device) if arch is None else arch, WARPS), **OPTIONS,
+            "num_warps": WARPS_OF.get(architecture(state.rows.device) if arch is None else arch, WARPS), **OPTIONS,
         },
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.decide.decode_state import COUNTERS, Board
+from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
 from pyramid_rt.kernels.launch import Launch, check_tensor
 
 
@@ -48,11 +48,11 @@ def report_kernel(
     tl.store(reported_ptr, end)
 
 
-def plan(board: Board, reported: Tensor, numbers: Tensor, most: int) -> Launch:
+def plan(state: DecodeState, reported: Tensor, numbers: Tensor, most: int) -> Launch:
     """The launch of a report.
 
     Args:
-        board: see `Board`; N tiers.
+        state: see `DecodeState`; N tiers.
         reported: 0-d int64, where the last report ended; moved to the end.
         numbers: [3 + (2 + 7) N + most] int64, contiguous.
         most: M, tokens a report may hold, at least 1.
@@ -60,8 +60,8 @@ def plan(board: Board, reported: Tensor, numbers: Tensor, most: int) -> Launch:
     Raises:
         ValueError: names the argument that does not fit.
     """
-    board.check(0, 1)
-    device, tiers = board.control.device, board.tiers_count
+    state.check(0, 1)
+    device, tiers = state.control.device, state.tiers_count
     check_tensor("reported", reported, (), torch.int64, device)
     if most < 1:
         raise ValueError(f"most is {most}, expected at least 1")
@@ -71,8 +71,8 @@ def plan(board: Board, reported: Tensor, numbers: Tensor, most: int) -> Launch:
         report_kernel,
         (1, 1, 1),
         (
-            board.control, board.ended.view(torch.uint8), board.counters, board.tokens, reported, numbers,
-            board.tokens.shape[0],
+            state.control, state.ended.view(torch.uint8), state.counters, state.tokens, reported, numbers,
+            state.tokens.shape[0],
         ),
         {
             "N": tiers, "MOST": most, "COLUMNS": COUNTERS,

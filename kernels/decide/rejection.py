@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from pyramid_rt.kernels.decide.commit import commit, prefix_length
-from pyramid_rt.kernels.decide.decode_state import SCAN, Board
+from pyramid_rt.kernels.decide.decode_state import SCAN, DecodeState
 from pyramid_rt.kernels.decide.rows import power_of_two, processed_log
 from pyramid_rt.kernels.launch import Launch, arrive, tiles
 from pyramid_rt.kernels.noise import chosen_words, consecutive_words, gumbel, uniform
@@ -38,7 +38,7 @@ def reject_kernel(
     own_ptr: tl.tensor,
     normaliser_ptr: tl.tensor,
     cut_ptr: tl.tensor,
-    flawed_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor,
     winners_ptr: tl.tensor,
     winning_ptr: tl.tensor,
     arrivals_ptr: tl.tensor,
@@ -83,7 +83,7 @@ def reject_kernel(
     all_done = arrive(arrivals_ptr, SHARES)
     if all_done == 0:
         return
-    flaws = tl.load(flawed_ptr + p_place, mask=steps <= count, other=0)
+    flaws = tl.load(non_finite_ptr + p_place, mask=steps <= count, other=0)
     residual = proposal * 0
     if accepted < count:
         residual = best_of_shares(winners_ptr, winning_ptr, vocab, SHARES, SLOTS)
@@ -162,15 +162,15 @@ def best_of_shares(
     return tl.minimum(tl.maximum(chosen, 0), vocab - 1)
 
 
-def plan(board: Board, level: int, count: int, until: int | None) -> Launch:
+def plan(state: DecodeState, level: int, count: int, until: int | None) -> Launch:
     """The launch of a checked verify; arguments as `decision.plan`, which is what to call."""
-    b, shares = board, tiles(board.vocab_size, SCAN)
+    b, shares = state, tiles(state.vocab_size, SCAN)
     return Launch(
         reject_kernel,
         (shares, 1, 1),
         (
-            *b.sequence(), b.seed, b.temperature, b.rows, b.own, b.normaliser, b.cut, b.flawed, b.winners, b.winning,
-            b.arrivals, b.rows.shape[1], b.rows.shape[2], b.vocab_size, until or 0,
+            *b.sequence(), b.seed, b.temperature, b.rows, b.own, b.normaliser, b.cut, b.non_finite, b.winners,
+            b.winning, b.arrivals, b.rows.shape[1], b.rows.shape[2], b.vocab_size, until or 0,
         ),
         {
             "N": b.tiers_count, "LEVEL": level, "UNTIL": until is not None, "SHARES": shares, "SCAN": SCAN,

@@ -45,10 +45,10 @@ def row_normaliser(
     total = tl.load(total_ptr + offset + tile, mask=tile < count, other=0.0)
     wrong = tl.sum((total != total).to(tl.int32), 0) + tl.sum((peak != peak).to(tl.int32), 0)
     top = tl.max(tl.where(peak == peak, peak, float("-inf")), 0)
-    flawed = (wrong > 0) | (top == float("-inf")) | (top == float("inf"))
-    shift = tl.where(flawed, 0.0, top)
+    non_finite = (wrong > 0) | (top == float("-inf")) | (top == float("inf"))
+    shift = tl.where(non_finite, 0.0, top)
     mass = tl.sum(tl.where(peak > float("-inf"), total * tl.exp(peak - shift), 0.0), 0)
-    return shift + tl.log(tl.where(flawed, 1.0, mass)), flawed.to(tl.int32)
+    return shift + tl.log(tl.where(non_finite, 1.0, mass)), non_finite.to(tl.int32)
 
 
 @triton.jit

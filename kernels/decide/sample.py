@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyramid_rt.kernels.decide.decode_state import Board, mark
+from pyramid_rt.kernels.decide.decode_state import DecodeState, mark
 from pyramid_rt.kernels.decide.rows import power_of_two, row_normaliser, row_winner
 from pyramid_rt.kernels.launch import Launch
 
@@ -32,7 +32,7 @@ def sample_kernel(
     best_ptr: tl.tensor,
     token_ptr: tl.tensor,
     own_ptr: tl.tensor,
-    flawed_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor,
     row_count: tl.tensor,
     tile_count: tl.tensor,
     vocab: tl.tensor,
@@ -57,11 +57,11 @@ def sample_kernel(
         place = LEVEL * row_count + (end - outer)
         if STORED:
             token = tl.load(own_ptr + place)
-            flawed = tl.load(flawed_ptr + place)
+            non_finite = tl.load(non_finite_ptr + place)
         else:
             token = row_winner(best_ptr, token_ptr, place * tile_count, tile_count, vocab, TILES)
-            _, flawed = row_normaliser(peak_ptr, total_ptr, place * tile_count, tile_count, TILES)
-        bad = tl.where(flawed != 0, tl.minimum(bad, end), bad)
+            _, non_finite = row_normaliser(peak_ptr, total_ptr, place * tile_count, tile_count, TILES)
+        bad = tl.where(non_finite != 0, tl.minimum(bad, end), bad)
         stop = tl.load(stop_ptr + token) != 0
         # Every warp has read the counts before one of them writes.
         tl.debug_barrier()
@@ -92,26 +92,26 @@ def begin_kernel(control_ptr: tl.tensor, ended_ptr: tl.tensor, N: tl.constexpr) 
     mark(control_ptr, end, unfinished, 0, N, N - 1, False)
 
 
-def plan_begin(board: Board) -> Launch:
+def plan_begin(state: DecodeState) -> Launch:
     """The launch that opens the first outer round; every later one is opened by the launch that ends a round.
 
     Raises:
-        ValueError: the board's buffers do not fit each other.
+        ValueError: the decode state's buffers do not fit each other.
     """
-    board.check(0, 1)
+    state.check(0, 1)
     return Launch(
         begin_kernel,
         (1, 1, 1),
-        (board.control, board.ended.view(torch.uint8)),
-        {"N": board.tiers_count, **OPTIONS},
+        (state.control, state.ended.view(torch.uint8)),
+        {"N": state.tiers_count, **OPTIONS},
     )
 
 
-def plan(board: Board, level: int, *, first: bool, stored: bool) -> Launch:
+def plan(state: DecodeState, level: int, *, first: bool, stored: bool) -> Launch:
     """The launch that puts one token.
 
     Args:
-        board: see `Board`.
+        state: see `DecodeState`.
         level: the tier whose row decides it: the lowest, or the target after the prompt.
         first: the first token after the prompt, which no statistic counts; opens the first outer round.
         stored: `thresholds` has run on the row.
@@ -119,21 +119,21 @@ def plan(board: Board, level: int, *, first: bool, stored: bool) -> Launch:
     Raises:
         ValueError: names the argument that does not fit.
     """
-    board.check(level, 1)
-    if level != (board.tiers_count - 1 if first else 0):
+    state.check(level, 1)
+    if level != (state.tiers_count - 1 if first else 0):
         raise ValueError(
-            f"level is {level}, expected {board.tiers_count - 1 if first else 0} with first={first}"
+            f"level is {level}, expected {state.tiers_count - 1 if first else 0} with first={first}"
         )
-    s, tile_count = board.statistics, board.statistics.peak.shape[2]
+    s, tile_count = state.statistics, state.statistics.peak.shape[2]
     return Launch(
         sample_kernel,
         (1, 1, 1),
         (
-            *board.sequence(), s.peak, s.total, s.best, s.token, board.own,
-            board.flawed, board.rows.shape[1], tile_count, board.vocab_size,
+            *state.sequence(), s.peak, s.total, s.best, s.token, state.own,
+            state.non_finite, state.rows.shape[1], tile_count, state.vocab_size,
         ),
         {
-            "N": board.tiers_count, "LEVEL": level, "FIRST": first, "STORED": stored,
+            "N": state.tiers_count, "LEVEL": level, "FIRST": first, "STORED": stored,
             "TILES": power_of_two(tile_count), **OPTIONS,
         },
     )  # fmt: skip

@@ -111,19 +111,19 @@ def verdict(rows: Sequence[MethodReport], prompts: int) -> str:
 
 def print_info(console: Console, pyramid: Pyramid) -> None:
     """Print tiers, memory plan, methods and defaults."""
-    assert pyramid.plan is not None  # there is one for whatever `load` made
+    assert pyramid.memory_plan is not None  # there is one for whatever `load` made
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tier")
     for header in ("parameters", "layers", "hidden", "heads", "weights\nMiB", "cache\nMiB", "buffers\nMiB"):
         table.add_column(header, justify="right")
-    for tier, (name, *sizes) in zip(_models(pyramid), pyramid.plan.rows(), strict=True):
+    for tier, (name, *sizes) in zip(_models(pyramid), pyramid.memory_plan.rows(), strict=True):
         config = tier.config
         heads = f"{config.num_heads}/{config.num_kv_heads}"
         counts = (parameter_count(config), config.num_layers, config.hidden_size)
         table.add_row(name, *(f"{count:,}" for count in counts), heads, *(_mib(size) for size in sizes))
     console.print(table)
     lines = {
-        "memory": f"{_mib(pyramid.plan.total)} MiB",
+        "memory": f"{_mib(pyramid.memory_plan.total)} MiB",
         "runs on": machine(pyramid),
         "context": f"{pyramid.max_seq} tokens",
         "methods": ", ".join(

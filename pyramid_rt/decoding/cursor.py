@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.counters import COLUMN, COUNTERS
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 
 # A scalar: of the host under host control, else on the device, int64 [] and bool [].
 Number = int | Tensor
@@ -30,7 +30,7 @@ class Cursor:
         end, limit, ended, cached: as in `State`; under host control valid between `look` and `store`.
     """
 
-    def __init__(self, plan: Plan, state: State) -> None:
+    def __init__(self, plan: RoundPlan, state: State) -> None:
         self.state, self._host = state, plan.host_control
         self.line = torch.arange(state.tokens.shape[-1], device=state.tokens.device)
         self.end: Number = state.end

@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
-from pyramid_rt.decoding.graphs import Graphs, Recorder, Work
+from pyramid_rt.decoding.graphs import Capture, Graphs, Recorder
 from pyramid_rt.decoding.readback import RoundReader, Snapshot
-from pyramid_rt.decoding.recursion import Clock, Section
-from pyramid_rt.decoding.rounds import WindowRounds, by_kernels, rounds_for
-from pyramid_rt.decoding.state import Plan, State
-from pyramid_rt.decoding.tiers import Tier
+from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer
+from pyramid_rt.decoding.state import RoundPlan, State
+from pyramid_rt.decoding.tiers import DeviceTier, Tier
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.models.llama import SLACK_ROWS
 
 PREFILL_CHUNK = 512
+
+
+class WindowRoundRunner(RoundRunner, Protocol):
+    """A runner that processes a prompt by lists of launches too, which always take 64 tokens."""
+
+    def place(self, start: Tensor | int) -> None:
+        """Where the next `fill` or `first` begins."""
+        ...
+
+    def fill(self, level: int) -> None:
+        """The 64 tokens from `place` on into a tier's cache."""
+        ...
+
+    def first(self) -> None:
+        """`first_token` of the window that begins at `place` and ends with the prompt, up to 64 tokens."""
+        ...
+
+
+def by_kernels(tiers: Sequence[Tier], plan: RoundPlan) -> bool:
+    """Whether rounds of these tiers run from a list of launches: under device control, where every tier can."""
+    return not plan.host_control and all(getattr(tier, "device_rounds", False) for tier in tiers)
+
+
+def rounds_for(
+    tiers: Sequence[Tier], plan: RoundPlan, state: State, vocab_size: int, clock: TierTimer | None = None
+) -> RoundRunner:
+    """Rounds of `tiers` (small to large) by `plan` on `state`; by kernels iff the state was made for them.
+
+    Then every tier must be a `DeviceTier`.
+    """
+    if state.decode_state is None:
+        return TorchRoundRunner(tiers, plan, state, vocab_size, clock)
+    # Triton, which the kernels need, is not everywhere.
+    from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
+
+    return KernelRoundRunner(cast(Sequence[DeviceTier], tiers), plan, state, vocab_size, clock)
 
 
 class Engine:
@@ -34,7 +71,7 @@ class Engine:
     def __init__(
         self,
         tiers: Sequence[Tier],
-        plan: Plan,
+        plan: RoundPlan,
         vocab_size: int,
         max_seq: int,
         device: torch.device,
@@ -43,7 +80,7 @@ class Engine:
         stepwise: bool = False,
     ) -> None:
         self.tiers, self.plan = tuple(tiers), plan
-        make = State.on_board if by_kernels(tiers, plan) else State.allocate
+        make = State.for_kernels if by_kernels(tiers, plan) else State.allocate
         self.state = make(plan, max_seq, vocab_size, device)
         # Under device control the next round starts before the last one is read. Log-probabilities are read
         # from rows that the next round overwrites.
@@ -57,10 +94,10 @@ class Engine:
             self._graphs = Graphs(
                 self._rounds, self.state, others, plan, max_seq, names, recorder, stepwise=stepwise
             )
-        self._clock: Clock | None = None
+        self._clock: TierTimer | None = None
         self._context = max_seq
         # What the prompt is processed by: lists of launches on windows of one width, or the tiers' own way.
-        self._fillers = cast(WindowRounds, self._rounds) if self.state.board is not None else None
+        self._fillers = cast(WindowRoundRunner, self._rounds) if self.state.decode_state is not None else None
 
     @property
     def unread(self) -> int:
@@ -91,7 +128,7 @@ class Engine:
         if self._graphs is None:
             return 0
         horizons = self._graphs.horizons()
-        works: list[tuple[str, int, Work]] = [("round", rows, self._round) for rows in horizons]
+        works: list[tuple[str, int, Capture]] = [("round", rows, self._round) for rows in horizons]
         if self._fillers is not None:
             fills = [(f"fill {level}", horizons[-1], self._fill(level)) for level in range(self.plan.tiers)]
             works += [*fills, ("first token", horizons[-1], self._first)]
@@ -104,7 +141,7 @@ class Engine:
             progress(len(works), len(works))
         return count
 
-    def restart(self, end: int, clock: Clock) -> None:
+    def restart(self, end: int, clock: TierTimer) -> None:
         """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
         self._clock = clock
         self._reader.restart(end)
@@ -149,7 +186,7 @@ class Engine:
         """The oldest round that was not read; waits for it."""
         return self._reader.take()
 
-    def _call(self, name: str, known_end: int, work: Work) -> None:
+    def _call(self, name: str, known_end: int, work: Capture) -> None:
         """Some work on the device, captured where there are graphs."""
         if self._graphs is not None:
             self._graphs.run(name, known_end, work, self._clock)
@@ -157,20 +194,20 @@ class Engine:
             for section in work(known_end):
                 section.run()
 
-    def _fill(self, level: int) -> Work:
+    def _fill(self, level: int) -> Capture:
         fillers, name = self._fillers, f"fill of {self.tiers[level].name!r}"
         assert fillers is not None
-        return lambda known_end: [Section(name, level, lambda: fillers.fill(level))]
+        return lambda known_end: [Segment(name, level, lambda: fillers.fill(level))]
 
-    def _first(self, known_end: int) -> Sequence[Section]:
+    def _first(self, known_end: int) -> Sequence[Segment]:
         assert self._fillers is not None
         last = self.plan.tiers - 1
         name = f"first token of {self.tiers[last].name!r}"
-        return [Section(name, last, self._fillers.first), self._report]
+        return [Segment(name, last, self._fillers.first), self._report]
 
-    def _round(self, known_end: int) -> Sequence[Section]:
+    def _round(self, known_end: int) -> Sequence[Segment]:
         return [*self._rounds.sections(known_end), self._report]
 
     @property
-    def _report(self) -> Section:
-        return Section("report", None, self._reader.gather)
+    def _report(self) -> Segment:
+        return Segment("report", None, self._reader.gather)

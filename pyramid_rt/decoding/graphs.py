@@ -15,23 +15,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyramid_rt.decoding.recursion import Clock, Rounds, Section, timing
-from pyramid_rt.decoding.state import MAX_WINDOW, Plan, State
+from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer, timing
+from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.errors import GraphCaptureError
 
 # A graph looks at one number of cache rows; a short text takes the first of these that holds it.
 _SMALLEST_HORIZON = 512
 _WARM_UP_RUNS = 2
 
-Step = Callable[[], None]
+Callback = Callable[[], None]
 # The parts of a work on cache rows that hold a text up to this end, in order.
-Work = Callable[[int], Sequence[Section]]
+Capture = Callable[[int], Sequence[Segment]]
 
 
 class Recorder(Protocol):
     """Turns work on the device into something that repeats it."""
 
-    def capture(self, work: Step) -> Step:
+    def capture(self, work: Callback) -> Callback:
         """Record `work`, which reads nothing back; what is returned repeats it. Does not run it."""
         ...
 
@@ -43,7 +43,7 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Step) -> Step:
+    def capture(self, work: Callback) -> Callback:
         """Warm up on a side stream, so that libraries and kernels are loaded, then record.
 
         Raises whatever the work or CUDA raises; the stream is out of capture mode then.
@@ -63,7 +63,7 @@ class CudaRecorder:
 
 
 @contextmanager
-def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int) -> Iterator[None]:
+def parked(rounds: RoundRunner, state: State, others: Sequence[Tensor], context: int) -> Iterator[None]:
     """Rounds that run inside find nothing to do, and what they write lands in the slack past the context.
 
     But for one row: the steps of a burst after its first write at end - 1, the context's last position. Nobody
@@ -81,8 +81,8 @@ def parked(rounds: Rounds, state: State, others: Sequence[Tensor], context: int)
         *others,
         *rounds.moved,
     ]
-    if state.board is not None:
-        changed.append(state.board.control)
+    if state.decode_state is not None:
+        changed.append(state.decode_state.control)
     before = [value.clone() for value in changed]
     state.end.fill_(context)
     state.limit.fill_(0)
@@ -102,7 +102,7 @@ class _Replay:
     """A captured part of a work; `level` is the tier it is timed for, None for none."""
 
     level: int | None
-    run: Step
+    run: Callback
 
 
 class Graphs:
@@ -120,10 +120,10 @@ class Graphs:
 
     def __init__(
         self,
-        rounds: Rounds,
+        rounds: RoundRunner,
         state: State,
         others: Sequence[Tensor],
-        plan: Plan,
+        plan: RoundPlan,
         context: int,
         names: tuple[str, ...],
         recorder: Recorder,
@@ -136,7 +136,7 @@ class Graphs:
         self.stepwise = stepwise
         self._captured: dict[tuple[str, int], tuple[_Replay, ...]] = {}
 
-    def run(self, name: str, known_end: int, work: Work, clock: Clock | None = None) -> None:
+    def run(self, name: str, known_end: int, work: Capture, clock: TierTimer | None = None) -> None:
         """Repeat a work; captured first where this name and bound have not come up yet.
 
         Args:
@@ -156,7 +156,7 @@ class Graphs:
         ends = (*range(0, self._context, _SMALLEST_HORIZON // 2), self._context)
         return sorted({self.horizon(end) for end in ends})
 
-    def prepare(self, name: str, horizon: int, work: Work) -> int:
+    def prepare(self, name: str, horizon: int, work: Capture) -> int:
         """Capture a work for this many cache rows, unless that was done; how many graphs were new."""
         if (name, horizon) in self._captured:
             return 0
@@ -170,7 +170,7 @@ class Graphs:
         rows = max(_SMALLEST_HORIZON, 1 << (needed - 1).bit_length())
         return min(rows, self._context + MAX_WINDOW)
 
-    def _capture(self, name: str, horizon: int, work: Work) -> tuple[_Replay, ...]:
+    def _capture(self, name: str, horizon: int, work: Capture) -> tuple[_Replay, ...]:
         """Parts that are captured separately run once after it: a part finds what those before it leave."""
         kept, self._rounds.clock = self._rounds.clock, None
         where = "before its first step"
@@ -178,7 +178,7 @@ class Graphs:
         try:
             sections = work(horizon - self._plan.longest_commit - MAX_WINDOW)
 
-            def run(parts: Sequence[Section]) -> None:
+            def run(parts: Sequence[Segment]) -> None:
                 nonlocal where
                 for section in parts:
                     where = f"in the {section.name}"

@@ -1,7 +1,7 @@
 """The steps of a round as kernel launches: a flat list, written down once and run again for every round.
 
 Nothing in the list depends on a device value, so it is what a CUDA graph captures. Every decision opens the
-round that follows it (`kernels.board.mark`): a round costs one launch beside its forward pass, or two where
+round that follows it (`kernels.decode_state.mark`): a round costs one launch beside its forward pass, or two where
 processed distributions are wanted (filters, rejection, a divergence on processed logits).
 """
 
@@ -15,13 +15,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyramid_rt.decoding.recursion import Clock, Recursion, Section, burst_name, horizon, timing, verify_name
+from pyramid_rt.decoding.recursion import (
+    Recursion,
+    Segment,
+    TierTimer,
+    burst_name,
+    horizon,
+    timing,
+    verify_name,
+)
 from pyramid_rt.decoding.rules import Fuzzy, Rule
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide.decode_state import END, Board, base_at, cached_at, live_at
+from pyramid_rt.kernels.decide.decode_state import END, DecodeState, base_at, cached_at, live_at
 from pyramid_rt.kernels.launch import WINDOW
 
 
@@ -51,9 +59,14 @@ class KernelSteps:
     """Writes a round of `tiers` down in `stages`; the cache is looked at up to `kv_bound`."""
 
     def __init__(
-        self, tiers: Sequence[DeviceTier], plan: Plan, board: Board, vocab_size: int, kv_bound: int
+        self,
+        tiers: Sequence[DeviceTier],
+        plan: RoundPlan,
+        decode_state: DecodeState,
+        vocab_size: int,
+        kv_bound: int,
     ) -> None:
-        self.tiers, self.plan, self.board = tiers, plan, board
+        self.tiers, self.plan, self.decode_state = tiers, plan, decode_state
         self.vocab_size, self.kv_bound = vocab_size, kv_bound
         self.processed = processed_tiers(plan)
         self.names = [tier.name for tier in tiers]
@@ -70,34 +83,36 @@ class KernelSteps:
 
     def sample(self, opened: KernelRound) -> None:
         """Tier 0 draws its tokens, one forward pass each."""
-        plan, board = self.plan, self.board
+        plan, decode_state = self.plan, self.decode_state
         self.section = burst_name(self.names)
         for step in range(plan.burst):
             width = plan.window(0) if step == 0 else 1
-            self.forward(0, board.word(END), width, 1)
+            self.forward(0, decode_state.word(END), width, 1)
             # Without filters the rows of a whole burst are processed together, when they are judged.
             stored = plan.filters
             if stored:
-                self.decide(thresholds.plan(board, 0, 1, draw=True, filters=True))
-            self.decide(sample.plan(board, 0, first=False, stored=stored))
+                self.decide(thresholds.plan(decode_state, 0, 1, draw=True, filters=True))
+            self.decide(sample.plan(decode_state, 0, first=False, stored=stored))
 
     def verify(self, opened: KernelRound) -> None:
         """A forward pass over the proposal, and the decision."""
-        plan, board, level = self.plan, self.board, opened.level
+        plan, decode_state, level = self.plan, self.decode_state, opened.level
         self.section = verify_name(self.names, level)
         rule, count = plan.rules[level - 1], plan.longest[level - 1] + 1
-        self.forward(level, board.word(base_at(plan.tiers, level - 1)), plan.window(level), count)
+        self.forward(level, decode_state.word(base_at(plan.tiers, level - 1)), plan.window(level), count)
         stored = plan.filters or self.processed[level]
         late = level == 1 and self.processed[0] and not plan.filters
         if stored or late:
-            self.decide(thresholds.plan(board, level, count, draw=False, filters=plan.filters, below=late))
+            self.decide(
+                thresholds.plan(decode_state, level, count, draw=False, filters=plan.filters, below=late)
+            )
         until = None
         if plan.inner_rounds is None and level < plan.tiers - 1:
             until = plan.lengths[level]
         fuzzy = rule if isinstance(rule, Fuzzy) else None
         self.decide(
             decision.plan(
-                board,
+                decode_state,
                 level,
                 count,
                 rule_name(rule),
@@ -114,16 +129,19 @@ class KernelSteps:
 
     def first(self, start: Tensor) -> None:
         """Write down the end of the target's prefill, in a window of 64 that may reach past the prompt."""
-        level, board, filters = self.plan.tiers - 1, self.board, self.plan.filters
-        self.decide(sample.plan_begin(board))
-        self.run_tier(self.request(level, start, board.word(END), WINDOW, 1, self.kv_bound), level)
+        level, decode_state, filters = self.plan.tiers - 1, self.decode_state, self.plan.filters
+        self.decide(sample.plan_begin(decode_state))
+        self.run_tier(self.request(level, start, decode_state.word(END), WINDOW, 1, self.kv_bound), level)
         if filters:
-            self.decide(thresholds.plan(board, level, 1, draw=True, filters=True))
-        self.decide(sample.plan(board, level, first=True, stored=filters))
+            self.decide(thresholds.plan(decode_state, level, 1, draw=True, filters=True))
+        self.decide(sample.plan(decode_state, level, first=True, stored=filters))
 
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on; skipped where its round has ended."""
-        start, live = self.board.word(cached_at(level)), self.board.word(live_at(self.plan.tiers, level))
+        start, live = (
+            self.decode_state.word(cached_at(level)),
+            self.decode_state.word(live_at(self.plan.tiers, level)),
+        )
         self.run_tier(self.request(level, start, decided, width, count, self.kv_bound, live), level)
 
     def request(
@@ -136,20 +154,20 @@ class KernelSteps:
         kv_bound: int,
         live: Tensor | None = None,
     ) -> DeviceForward:
-        """A forward pass into this board's buffers."""
-        board = self.board
+        """A forward pass into this decode_state's buffers."""
+        decode_state = self.decode_state
         return DeviceForward(
-            tokens=board.tokens,
+            tokens=decode_state.tokens,
             start=start,
             decided=decided,
-            first=board.word(base_at(self.plan.tiers, self.plan.tiers - 1)),
+            first=decode_state.word(base_at(self.plan.tiers, self.plan.tiers - 1)),
             width=width,
             count=count,
             vocab_size=self.vocab_size,
-            rows=board.rows[level],
-            statistics=board.statistics_of(level),
-            seed=board.seed,
-            temperature=board.temperature,
+            rows=decode_state.rows[level],
+            statistics=decode_state.statistics_of(level),
+            seed=decode_state.seed,
+            temperature=decode_state.temperature,
             kv_bound=kv_bound,
             live=live,
         )
@@ -163,13 +181,13 @@ class KernelSteps:
         self.stages.append(Stage(self.section, None, (launch,)))
 
 
-class KernelRounds:
+class KernelRoundRunner:
     """Rounds that are run from a list of launches.
 
     Args:
         tiers: small to large.
         plan: of device control.
-        state: made by `State.on_board` for the same plan.
+        state: made by `State.for_kernels` for the same plan.
         vocab_size: columns decoded over.
         clock: times every forward pass where given.
     """
@@ -179,18 +197,18 @@ class KernelRounds:
     def __init__(
         self,
         tiers: Sequence[DeviceTier],
-        plan: Plan,
+        plan: RoundPlan,
         state: State,
         vocab_size: int,
-        clock: Clock | None = None,
+        clock: TierTimer | None = None,
     ) -> None:
         if plan.host_control:
             raise ValueError(
                 "plan.host_control is True, expected False: rounds of kernels control themselves"
             )
-        if state.board is None:
-            raise ValueError("state.board is None, expected a state made by State.on_board")
-        self.tiers, self.plan, self.board, self.clock = tiers, plan, state.board, clock
+        if state.decode_state is None:
+            raise ValueError("state.decode_state is None, expected a state made by State.for_kernels")
+        self.tiers, self.plan, self.decode_state, self.clock = tiers, plan, state.decode_state, clock
         self.vocab_size, self.capacity = vocab_size, state.tokens.shape[0]
         self._at = torch.zeros((), dtype=torch.int64, device=state.tokens.device)
         self.moved: Sequence[Tensor] = (self._at,)
@@ -204,19 +222,19 @@ class KernelRounds:
         """The list of this name and bound; made by `write` at the first call."""
         key = name, kv_bound
         if key not in self._recorded:
-            steps = self.steps_class(self.tiers, self.plan, self.board, self.vocab_size, kv_bound)
+            steps = self.steps_class(self.tiers, self.plan, self.decode_state, self.vocab_size, kv_bound)
             write(steps)
             self._recorded[key] = tuple(steps.stages)
         return self._recorded[key]
 
-    def restart(self, clock: Clock | None) -> None:
-        """See `Rounds`."""
+    def restart(self, clock: TierTimer | None) -> None:
+        """See `RoundRunner`."""
         self.clock = clock
 
     def park(self, context: int) -> None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         self._at.fill_(context)
-        sample.plan_begin(self.board).run()
+        sample.plan_begin(self.decode_state).run()
 
     def place(self, start: Tensor | int) -> None:
         """Where the next `fill` or `first` begins."""
@@ -235,28 +253,28 @@ class KernelRounds:
         self._run(self._written("first", self.capacity, lambda steps: steps.first(self._at)))
 
     def launches(self) -> int | None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         return sum(len(stage.launches) for stage in self.stages(self.capacity))
 
     def outer_round(self, known_end: int | None = None) -> None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         self._run(self.stages(self._bound(known_end)))
 
-    def sections(self, known_end: int) -> Sequence[Section]:
-        """See `Rounds`."""
+    def sections(self, known_end: int) -> Sequence[Segment]:
+        """See `RoundRunner`."""
         parts = groupby(self.stages(self._bound(known_end)), key=lambda stage: stage.section)
         return [self._section(tuple(stages)) for _, stages in parts]
 
     def _bound(self, known_end: int | None) -> int:
         return self.capacity if known_end is None else horizon(known_end, self.plan, self.capacity)
 
-    def _section(self, stages: Sequence[Stage]) -> Section:
+    def _section(self, stages: Sequence[Stage]) -> Segment:
         """Stages of one section."""
         level = next((stage.level for stage in stages if stage.level is not None), None)
-        return Section(stages[0].section, level, lambda: self._run(stages))
+        return Segment(stages[0].section, level, lambda: self._run(stages))
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
-        """See `Rounds`; `window` must be that part of the token buffer, of up to 64 tokens.
+        """See `RoundRunner`; `window` must be that part of the token buffer, of up to 64 tokens.
 
         Raises:
             ValueError: a longer window.
@@ -280,7 +298,7 @@ def rule_name(rule: Rule) -> decision.RuleName:
     return "rejection" if rule.residual else "match"
 
 
-def processed_tiers(plan: Plan) -> tuple[bool, ...]:
+def processed_tiers(plan: RoundPlan) -> tuple[bool, ...]:
     """For each tier: does a rule of the chain read its processed distribution?"""
     wanted = [False] * plan.tiers
     for stage, rule in enumerate(plan.rules):

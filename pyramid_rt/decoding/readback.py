@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.counters import COUNTERS
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import Runnable
 
 
@@ -45,7 +45,7 @@ class RoundReader:
         ahead: most rounds that are posted and not taken.
     """
 
-    def __init__(self, plan: Plan, state: State, ahead: int) -> None:
+    def __init__(self, plan: RoundPlan, state: State, ahead: int) -> None:
         self._plan, self._state = plan, state
         device = state.tokens.device
         self._steps = torch.arange(plan.longest_commit, device=device)
@@ -56,11 +56,11 @@ class RoundReader:
         self._free = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ahead + 1)]
         self._posted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self._launch: Runnable | None = None
-        if state.board is not None:
+        if state.decode_state is not None:
             # Triton, which the kernels need, is not everywhere.
             from pyramid_rt.kernels.decide import readback as report
 
-            self._launch = report.plan(state.board, self.reported, self._numbers, plan.longest_commit)
+            self._launch = report.plan(state.decode_state, self.reported, self._numbers, plan.longest_commit)
 
     @property
     def posted(self) -> int:

@@ -12,18 +12,18 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from pyramid_rt.decoding.state import MAX_WINDOW, Plan
+from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan
 
 _BOUND_STEP = 256  # device control looks at the cache up to a multiple of this
 
 
-class Clock(Protocol):
+class TierTimer(Protocol):
     """Measures the time spent in a tier's forwards."""
 
     def measure(self, level: int) -> AbstractContextManager[None]: ...
 
 
-def timing(clock: Clock | None, level: int | None) -> AbstractContextManager[None]:
+def timing(clock: TierTimer | None, level: int | None) -> AbstractContextManager[None]:
     """Time what runs inside as a forward of this tier, where there are a clock and a tier."""
     return nullcontext() if clock is None or level is None else clock.measure(level)
 
@@ -59,7 +59,7 @@ class Steps(Protocol[R]):
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class Segment:
     """A part of some work on the device that can be run, captured and timed by itself.
 
     Attributes:
@@ -73,7 +73,7 @@ class Section:
     run: Callable[[], None]
 
 
-class Rounds(Protocol):
+class RoundRunner(Protocol):
     """Outer rounds on a state, however they are run.
 
     Attributes:
@@ -81,10 +81,10 @@ class Rounds(Protocol):
         moved: what `park` moves besides the state, for whoever puts it back.
     """
 
-    clock: Clock | None
+    clock: TierTimer | None
     moved: Sequence[Tensor]
 
-    def restart(self, clock: Clock | None) -> None:
+    def restart(self, clock: TierTimer | None) -> None:
         """A new request, with a seed of its own, begins; its forwards are timed by this clock."""
         ...
 
@@ -108,7 +108,7 @@ class Rounds(Protocol):
         """
         ...
 
-    def sections(self, known_end: int) -> Sequence[Section]:
+    def sections(self, known_end: int) -> Sequence[Segment]:
         """What `outer_round` does under device control, in parts that are run in this order: bursts, verifies."""
         ...
 
@@ -125,11 +125,11 @@ class Rounds(Protocol):
 class Recursion(Generic[R]):
     """The order of steps in an outer round by `plan`."""
 
-    def __init__(self, plan: Plan, steps: Steps[R]) -> None:
+    def __init__(self, plan: RoundPlan, steps: Steps[R]) -> None:
         self.plan, self.steps = plan, steps
 
     def outer_round(self, known_end: int | None = None) -> None:
-        """One outer round; see `Rounds`."""
+        """One outer round; see `RoundRunner`."""
         opened = self.steps.begin(known_end)
         if opened is not None:
             self._round(opened)
@@ -169,7 +169,7 @@ class Script(Generic[R]):
     def __init__(self, steps: Steps[R], names: Sequence[str]) -> None:
         self._steps, self._names = steps, names
         self._opened: dict[int, R] = {}
-        self.sections: list[Section] = []
+        self.sections: list[Segment] = []
 
     def begin(self, known_end: int | None) -> _Opened:
         """See `Steps`."""
@@ -195,7 +195,7 @@ class Script(Generic[R]):
         self._write(verify_name(self._names, at), at, lambda: self._steps.verify(self._opened[at]))
 
     def _write(self, name: str, level: int | None, run: Callable[[], None]) -> None:
-        self.sections.append(Section(name, level, run))
+        self.sections.append(Segment(name, level, run))
 
     def _keep(self, level: int, opened: R | None) -> None:
         assert opened is not None, "under device control every round is opened"
@@ -212,7 +212,7 @@ def verify_name(names: Sequence[str], level: int) -> str:
     return f"verify of {names[level]!r}"
 
 
-def horizon(known_end: int, plan: Plan, capacity: int) -> int:
+def horizon(known_end: int, plan: RoundPlan, capacity: int) -> int:
     """Cache rows that a round of device control may look at when the sequence ends at `known_end` or before."""
     furthest = known_end + plan.longest_commit + MAX_WINDOW
     return min(capacity, -(-furthest // _BOUND_STEP) * _BOUND_STEP)

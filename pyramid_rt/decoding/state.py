@@ -1,6 +1,6 @@
 """Everything that a round reads or writes on the device, in one place.
 
-N tiers, numbered from 0 (draft) to N - 1 (target). M_i is the longest proposal of tier i. `Plan` holds what is
+N tiers, numbered from 0 (draft) to N - 1 (target). M_i is the longest proposal of tier i. `RoundPlan` holds what is
 fixed when a round is captured; `State` holds what may change from request to request without a new capture.
 """
 
@@ -18,14 +18,14 @@ from pyramid_rt.errors import InputError
 from pyramid_rt.models.llama import SLACK_ROWS
 
 if TYPE_CHECKING:
-    from pyramid_rt.kernels.decide.decode_state import Board
+    from pyramid_rt.kernels.decide.decode_state import DecodeState
 
 MAX_WINDOW = SLACK_ROWS  # a window that starts at the end of the context must fit into the slack
 NO_POSITION = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RoundPlan:
     """The static shape of an outer round.
 
     Attributes:
@@ -34,7 +34,7 @@ class Plan:
             stand before the tier above verifies (qualifier_length in a pyramid of three).
         inner_rounds: None for "until enough stand"; else this fixed number of inner rounds at each such tier.
         host_control: the host reads one flag per inner round, stops early and trims windows.
-        noisy: own tokens are drawn with noise (temperature above 0).
+        sampled: own tokens are drawn with noise (temperature above 0).
         filters: top-k, top-p or min-p is on.
         logprobs: None, or how many most likely tokens to report beside each committed one.
     """
@@ -43,7 +43,7 @@ class Plan:
     lengths: tuple[int, ...]
     inner_rounds: int | None
     host_control: bool
-    noisy: bool
+    sampled: bool
     filters: bool
     logprobs: int | None = None
     longest: tuple[int, ...] = field(init=False)
@@ -127,10 +127,10 @@ class State:
     own_rows: list[Tensor | None]  # N - 1: float32 [M_i + M_(i-1) + 2, V] raw rows of tier i's proposal
     effective_rows: list[Tensor | None]  # N - 1: likewise, log of the effective distributions
     logprob_rows: Tensor | None  # float32 [M_(N-2) + 1, V]: the target's raw rows of the last verify
-    board: Board | None = None  # what kernels decide on; the fields above are then views of it
+    decode_state: DecodeState | None = None  # what kernels decide on; the fields above are then views of it
 
     @classmethod
-    def allocate(cls, plan: Plan, max_seq: int, vocab_size: int, device: torch.device) -> State:
+    def allocate(cls, plan: RoundPlan, max_seq: int, vocab_size: int, device: torch.device) -> State:
         """Take every buffer of `plan` at once. `max_seq` counts positions without the slack."""
 
         def scalar(value: float, dtype: torch.dtype) -> Tensor:
@@ -171,13 +171,13 @@ class State:
         )
 
     @classmethod
-    def on_board(cls, plan: Plan, max_seq: int, vocab_size: int, device: torch.device) -> State:
-        """The same for rounds of kernels: no copies of rows, and every field a view of one `Board`."""
-        # Triton, which the board brings in, is not everywhere.
-        from pyramid_rt.kernels.decide.decode_state import END, LIMIT, Board, bad_at, cached_at
+    def for_kernels(cls, plan: RoundPlan, max_seq: int, vocab_size: int, device: torch.device) -> State:
+        """The same for rounds of kernels: no copies of rows, and every field a view of one `DecodeState`."""
+        # Triton, which the decode_state brings in, is not everywhere.
+        from pyramid_rt.kernels.decide.decode_state import END, LIMIT, DecodeState, bad_at, cached_at
 
         fuzzy = [rule for rule in plan.rules if isinstance(rule, Fuzzy)]
-        board = Board.allocate(
+        decode_state = DecodeState.allocate(
             plan.tiers,
             plan.device_rows,
             max_seq + SLACK_ROWS,
@@ -186,35 +186,35 @@ class State:
             device=device,
         )
         for stage, rule in enumerate(plan.rules):
-            board.thresholds[stage] = getattr(rule, "threshold", 0.0)
+            decode_state.thresholds[stage] = getattr(rule, "threshold", 0.0)
         unused: list[Tensor | None] = [None] * len(plan.rules)
         wanted = plan.logprobs is not None
         return cls(
-            tokens=board.tokens,
-            origin=board.origin,
-            end=board.word(END),
-            limit=board.word(LIMIT),
-            ended=board.ended,
-            cached=[board.word(cached_at(level)) for level in range(plan.tiers)],
-            stop_mask=board.stop_mask,
-            seed=board.seed,
-            temperature=board.temperature,
-            top_k=board.top_k,
-            top_p=board.top_p,
-            min_p=board.min_p,
-            thresholds=board.thresholds,
-            counters=board.counters,
-            bad=board.control[bad_at(plan.tiers) :],
+            tokens=decode_state.tokens,
+            origin=decode_state.origin,
+            end=decode_state.word(END),
+            limit=decode_state.word(LIMIT),
+            ended=decode_state.ended,
+            cached=[decode_state.word(cached_at(level)) for level in range(plan.tiers)],
+            stop_mask=decode_state.stop_mask,
+            seed=decode_state.seed,
+            temperature=decode_state.temperature,
+            top_k=decode_state.top_k,
+            top_p=decode_state.top_p,
+            min_p=decode_state.min_p,
+            thresholds=decode_state.thresholds,
+            counters=decode_state.counters,
+            bad=decode_state.control[bad_at(plan.tiers) :],
             own_rows=unused,
             effective_rows=unused,
-            logprob_rows=board.rows[-1, : plan.longest_commit, :vocab_size] if wanted else None,
-            board=board,
+            logprob_rows=decode_state.rows[-1, : plan.longest_commit, :vocab_size] if wanted else None,
+            decode_state=decode_state,
         )
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        if self.board is not None:
-            return self.board.nbytes()
+        if self.decode_state is not None:
+            return self.decode_state.nbytes()
         singles = [value for value in vars(self).values() if isinstance(value, Tensor)]
         listed = [
             value

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
-from pyramid_rt.decoding.recursion import Clock, Recursion, Script, Section, horizon, timing
+from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
 from pyramid_rt.decoding.rules import Evidence, Fuzzy, Rule, Verdict
-from pyramid_rt.decoding.state import MAX_WINDOW, NO_POSITION, Plan, State
+from pyramid_rt.decoding.state import MAX_WINDOW, NO_POSITION, RoundPlan, State
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.kernels.reference import sampling as ops
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class OpenRound:
     """A round that is open at a tier: the tier below makes a proposal, this one judges it."""
 
     level: int
@@ -40,7 +40,12 @@ class TorchSteps:
     """
 
     def __init__(
-        self, tiers: Sequence[Tier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
+        self,
+        tiers: Sequence[Tier],
+        plan: RoundPlan,
+        state: State,
+        vocab_size: int,
+        clock: TierTimer | None = None,
     ) -> None:
         self.tiers, self.plan, self.state, self.vocab_size, self.clock = tiers, plan, state, vocab_size, clock
         self._capacity = state.tokens.shape[-1]
@@ -48,12 +53,12 @@ class TorchSteps:
         self._at = Cursor(plan, state)
         self._horizon = self._capacity
 
-    def restart(self, clock: Clock | None) -> None:
+    def restart(self, clock: TierTimer | None) -> None:
         """A new request, with a seed of its own; its forwards are timed by this clock."""
         self.clock = clock
         self._noise_rows = _NoiseRows() if self.plan.host_control else None
 
-    def begin(self, known_end: int | None = None) -> Round | None:
+    def begin(self, known_end: int | None = None) -> OpenRound | None:
         """Open an outer round at the end of the sequence; None where the host sees that it is finished."""
         if known_end is not None:
             self._horizon = horizon(known_end, self.plan, self._capacity)
@@ -62,9 +67,9 @@ class TorchSteps:
         if self.plan.host_control and not live:
             return None
         end = self._at.mark()
-        return Round(self.plan.tiers - 1, live, end, end)
+        return OpenRound(self.plan.tiers - 1, live, end, end)
 
-    def inner(self, outer: Round) -> Round | None:
+    def inner(self, outer: OpenRound) -> OpenRound | None:
         """Open an inner round of the tier below `outer`'s; None where the host sees that no more are due."""
         plan, level = self.plan, outer.level - 1
         live = outer.live & self._at.unfinished()
@@ -72,7 +77,7 @@ class TorchSteps:
             live = live & (self._at.end - outer.proposal < plan.lengths[level])
         if plan.host_control and not live:
             return None
-        return Round(level, live, outer.proposal, self._at.mark())
+        return OpenRound(level, live, outer.proposal, self._at.mark())
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
         """The end of the target's prefill: run the last window, commit the target's own token after it.
@@ -92,7 +97,7 @@ class TorchSteps:
         self._at.put(token, live)
         self._at.store()
 
-    def sample(self, opened: Round) -> None:
+    def sample(self, opened: OpenRound) -> None:
         """Tier 0 draws its own tokens; stop tokens, the limit and an inactive round cut the burst."""
         plan, state, at = self.plan, self.state, self._at
         base, live, steps, width = opened.proposal, opened.live, plan.burst, plan.window(0)
@@ -128,7 +133,7 @@ class TorchSteps:
         if plan.tiers == 1:
             at.store()
 
-    def verify(self, opened: Round) -> None:
+    def verify(self, opened: OpenRound) -> None:
         """The round's tier judges the tokens that it was opened for."""
         plan, state, at = self.plan, self.state, self._at
         level, below, active = opened.level, opened.level - 1, opened.live
@@ -159,7 +164,7 @@ class TorchSteps:
 
         if up and (plan.keep_own[level] or plan.keep_effective[level]):
             self._keep_rows(
-                level, proposal - base, raw, self._handed_up(verdict, evidence, processed, prefix)
+                level, proposal - base, raw, self._effective_rows(verdict, evidence, processed, prefix)
             )
         # Where standing means being the own token there is nothing to count.
         differing = None if rule.lossless else (prefix * (evidence.proposed != evidence.own)).sum(0)
@@ -211,7 +216,7 @@ class TorchSteps:
         p_log, q_log = evidence.processed.index_select(0, row), evidence.effective.index_select(0, row)
         return ops.residual_token(p_log, q_log, ops.gumbel(words))
 
-    def _handed_up(
+    def _effective_rows(
         self, verdict: Verdict, evidence: Evidence, processed: Tensor | None, prefix: Tensor
     ) -> Tensor | None:
         """The effective rows [m + 1, V] of the tokens that stand and of the replacement after them.
@@ -260,7 +265,7 @@ class TorchSteps:
 
         Returns: they, and a value [R] that is finite iff the row can be decided.
         """
-        if not self.plan.noisy:
+        if not self.plan.sampled:
             best = raw.max(-1)
             return best.indices, best.values
         noise = (
@@ -276,7 +281,7 @@ class TorchSteps:
 
     def _logprobs(self, raw: Tensor) -> Tensor:
         """Processed log-probabilities [R, V]; one-hot at temperature 0."""
-        return torch.log_softmax(self._processed(raw), -1) if self.plan.noisy else ops.one_hot_logprobs(raw)
+        return torch.log_softmax(self._processed(raw), -1) if self.plan.sampled else ops.one_hot_logprobs(raw)
 
     def _keep_rows(self, level: int, offset: Number, raw: Tensor, processed: Tensor | None) -> None:
         """Store the rows of tier `level`'s proposal from `offset` on, where a rule above reads them."""
@@ -340,13 +345,18 @@ class _NoiseRows:
             self._rows, self._first = self._rows[spare:], self._first + spare
 
 
-class TorchRounds:
+class TorchRoundRunner:
     """Rounds that are computed step by step."""
 
     steps_class: ClassVar[type[TorchSteps]] = TorchSteps
 
     def __init__(
-        self, tiers: Sequence[Tier], plan: Plan, state: State, vocab_size: int, clock: Clock | None = None
+        self,
+        tiers: Sequence[Tier],
+        plan: RoundPlan,
+        state: State,
+        vocab_size: int,
+        clock: TierTimer | None = None,
     ) -> None:
         """Arguments as `TorchSteps`."""
         self.moved: Sequence[Tensor] = ()
@@ -354,35 +364,35 @@ class TorchRounds:
         self.recursion = Recursion(plan, self.steps)
 
     @property
-    def clock(self) -> Clock | None:
-        """See `Rounds`."""
+    def clock(self) -> TierTimer | None:
+        """See `RoundRunner`."""
         return self.steps.clock
 
     @clock.setter
-    def clock(self, clock: Clock | None) -> None:
+    def clock(self, clock: TierTimer | None) -> None:
         self.steps.clock = clock
 
-    def restart(self, clock: Clock | None) -> None:
-        """See `Rounds`."""
+    def restart(self, clock: TierTimer | None) -> None:
+        """See `RoundRunner`."""
         self.steps.restart(clock)
 
     def park(self, context: int) -> None:
-        """See `Rounds`; every round looks at the state anew."""
+        """See `RoundRunner`; every round looks at the state anew."""
 
     def launches(self) -> int | None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         return None
 
     def outer_round(self, known_end: int | None = None) -> None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         self.recursion.outer_round(known_end)
 
-    def sections(self, known_end: int) -> Sequence[Section]:
-        """See `Rounds`."""
+    def sections(self, known_end: int) -> Sequence[Segment]:
+        """See `RoundRunner`."""
         script = Script(self.steps, [tier.name for tier in self.steps.tiers])
         Recursion(self.steps.plan, script).outer_round(known_end)
         return script.sections
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
-        """See `Rounds`."""
+        """See `RoundRunner`."""
         self.steps.first_token(row, kv_bound, window, start)

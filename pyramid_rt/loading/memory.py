@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.errors import MemoryPlanError
 from pyramid_rt.models.backends.choice import workspace_bytes
 from pyramid_rt.models.config import LlamaConfig
@@ -73,7 +73,7 @@ class MemoryPlan:
 
 def plan_memory(
     configs: Mapping[str, LlamaConfig],
-    plan: Plan,
+    plan: RoundPlan,
     vocab_size: int,
     max_seq: int,
     dtype: torch.dtype,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.engine import PREFILL_CHUNK
-from pyramid_rt.decoding.state import Plan
+from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.tuning.replay import Costs, Curve, Trace, kinds_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyramid_rt.decoding.tiers import Tier
     from pyramid_rt.pyramid import Pyramid
 
-Clock = Callable[[], float]
+Now = Callable[[], float]
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 32)
 MOST_SAMPLES = 15
@@ -31,7 +31,7 @@ CUDA_BURST = 8  # passes in a row between two looks at the clock, as decoding do
 _CHUNK = WIDTHS[-1]
 
 
-def device_clock(device: torch.device) -> Clock:
+def device_clock(device: torch.device) -> Now:
     """Seconds on the host, once the device has finished what it was given."""
     if device.type != "cuda":
         return time.perf_counter
@@ -45,7 +45,7 @@ def device_clock(device: torch.device) -> Clock:
 
 @torch.inference_mode()
 def record(
-    pyramid: Pyramid, prompt: Sequence[int], text: Sequence[int], params: SamplingParams, clock: Clock
+    pyramid: Pyramid, prompt: Sequence[int], text: Sequence[int], params: SamplingParams, clock: Now
 ) -> tuple[Trace, list[float]]:
     """Show every tier a prompt and the text after it, and note what each would have said.
 
@@ -85,7 +85,7 @@ def record(
     return Trace(tuple(map(tuple, own)), {pair: tuple(v) for pair, v in divergence.items()}), prefill
 
 
-def _timed_prefill(tier: Tier, prompt: Tensor, clock: Clock) -> float:
+def _timed_prefill(tier: Tier, prompt: Tensor, clock: Now) -> float:
     begin = clock()
     for start in range(0, prompt.shape[0], PREFILL_CHUNK):
         stop = min(start + PREFILL_CHUNK, prompt.shape[0])
@@ -121,7 +121,7 @@ class _OwnTokens:
 
 @torch.inference_mode()
 def time_passes(
-    pyramid: Pyramid, text: Sequence[int], widest: Sequence[int], clock: Clock, deadline: float
+    pyramid: Pyramid, text: Sequence[int], widest: Sequence[int], clock: Now, deadline: float
 ) -> tuple[Curve, ...]:
     """Seconds of a forward pass of each tier by the width of its window; medians, tiers and widths taking turns.
 
@@ -194,7 +194,7 @@ class Probe:
         passes: per tier of the chain, how many there were.
     """
 
-    plan: Plan
+    plan: RoundPlan
     levels: tuple[int, ...]
     seconds: float
     forwards: tuple[float, ...] | None

@@ -26,7 +26,7 @@ from typing import Any
 
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, rules_of
 from pyramid_rt.decoding.rules import Fuzzy, Rule
-from pyramid_rt.decoding.state import Plan
+from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import build_plan
 
@@ -53,7 +53,7 @@ class Setting:
         every = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in every.items() if value is not None}
 
-    def plan(self, common: Mapping[str, Any], *, host_control: bool) -> Plan:
+    def plan(self, common: Mapping[str, Any], *, host_control: bool) -> RoundPlan:
         """The plan a pyramid makes of it. `common` holds the options that all settings share.
 
         Raises InputError: a window over 64 tokens.
@@ -96,7 +96,7 @@ class Replay:
     passes: tuple[Counter[int], ...]
 
 
-def replay(trace: Trace, plan: Plan, levels: Sequence[int]) -> Replay:
+def replay(trace: Trace, plan: RoundPlan, levels: Sequence[int]) -> Replay:
     """Run the control flow of `Recursion` over recorded answers.
 
     Args:
@@ -117,7 +117,7 @@ class _Walk:
     Names are those of `State`: `cached` per tier of the chain, `end` the tokens known, proposals included.
     """
 
-    def __init__(self, trace: Trace, plan: Plan, levels: Sequence[int]) -> None:
+    def __init__(self, trace: Trace, plan: RoundPlan, levels: Sequence[int]) -> None:
         self.limit = trace.length
         self.plan = plan
         self.own = [trace.own[level] for level in levels]
@@ -246,7 +246,7 @@ class Costs:
             for tier, level in zip(passes, levels, strict=True)
         ]
 
-    def decoding(self, done: Replay, plan: Plan, levels: Sequence[int]) -> float:
+    def decoding(self, done: Replay, plan: RoundPlan, levels: Sequence[int]) -> float:
         """Seconds of a replay: sum over passes of t(tier, width), and what comes with each pass."""
         beside: float = sum(
             getattr(self, kind) * passes.total()
@@ -282,7 +282,7 @@ class Prediction:
 
 
 def predict(
-    setting: Setting, traces: Sequence[Trace], costs: Costs, plan: Plan, levels: Sequence[int]
+    setting: Setting, traces: Sequence[Trace], costs: Costs, plan: RoundPlan, levels: Sequence[int]
 ) -> Prediction:
     """Replay a setting on every trace and price it.
 

@@ -11,14 +11,14 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from pyramid_rt.decoding.methods import TIERS_NEEDED, tiers_of
-from pyramid_rt.decoding.state import Plan
+from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading.defaults import NOTHING_TO_TUNE
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import CHAIN
 from pyramid_rt.tuning.candidates import DEPENDS_ON, finalists, settings, widest
 from pyramid_rt.tuning.compare import BASELINE, WARM_UP_TOKENS
-from pyramid_rt.tuning.measuring import Clock, Probe, calibrated, device_clock, record, time_passes
+from pyramid_rt.tuning.measuring import Now, Probe, calibrated, device_clock, record, time_passes
 from pyramid_rt.tuning.replay import Costs, Prediction, Setting, Trace, predict, replay
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def tune(
     prompts: Sequence[Sequence[int]],
     options: TuneOptions,
     *,
-    clock: Clock | None = None,
+    clock: Now | None = None,
     on_step: Callable[[str], None] | None = None,
 ) -> Tuning:
     """Find the fastest setting for a pyramid on prompts.
@@ -176,7 +176,7 @@ class _Session:
     """One search: the pyramid, the clock, and what was found so far."""
 
     def __init__(
-        self, pyramid: Pyramid, options: TuneOptions, clock: Clock, on_step: Callable[[str], None]
+        self, pyramid: Pyramid, options: TuneOptions, clock: Now, on_step: Callable[[str], None]
     ) -> None:
         self.pyramid, self.options, self.clock, self.on_step = pyramid, options, clock, on_step
         params = SamplingParams.build(options.common, pyramid.defaults)
@@ -317,7 +317,7 @@ class _Session:
 
     # The model
 
-    def _chain(self, setting: Setting) -> tuple[Plan, tuple[int, ...]]:
+    def _chain(self, setting: Setting) -> tuple[RoundPlan, tuple[int, ...]]:
         plan = setting.plan(self.common, host_control=self.pyramid.control == "host")
         return plan, tiers_of(setting.method, len(self.pyramid.tiers))
 

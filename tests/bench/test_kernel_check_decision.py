@@ -18,7 +18,7 @@ from bench.kernel_check import report as gpu_report
 from bench.kernel_check import tasks as gpu_tasks
 from bench.kernel_check import traffic as gpu_traffic
 from bench.kernel_check.cases import decided
-from bench.kernel_check.problems import decode_state as boards
+from bench.kernel_check.problems import decode_state as decode_states
 from bench.kernel_check.problems import model as gpu_problems_model
 from bench.kernel_check.problems.base import Case, Place
 from bench.kernel_check.problems.decision import CUTS, MODES, Draw, Report, Verify
@@ -82,9 +82,9 @@ def test_modes_and_cuts_are_what_they_are_called() -> None:
         problem = Verify(verify(**sizes), place)
         gpu_tasks.run_window(problem, 0, 7, hide=True)
         return (
-            int(problem.board.counters[0, 1]),
-            bool(problem.board.ended),
-            int(problem.board.control[0]) - BASE,
+            int(problem.state.counters[0, 1]),
+            bool(problem.state.ended),
+            int(problem.state.control[0]) - BASE,
         )
 
     for rule in (MATCH, REJECT, FUZZY):
@@ -101,14 +101,14 @@ def add(name: str, index: tuple[int, ...], value: float) -> Callable[[Verify], N
     """A fault: one entry of a buffer is off by a little."""
 
     def plant(problem: Verify) -> None:
-        getattr(problem.board, name)[index] += value
+        getattr(problem.state, name)[index] += value
 
     return plant
 
 
 def put(name: str, index: tuple[int, ...], value: float) -> Callable[[Verify], None]:
     def plant(problem: Verify) -> None:
-        getattr(problem.board, name)[index] = value
+        getattr(problem.state, name)[index] = value
 
     return plant
 
@@ -116,7 +116,7 @@ def put(name: str, index: tuple[int, ...], value: float) -> Callable[[Verify], N
 # Of a verify of seven positions by tier 1: what is wrong, of which case, and the word that says so.
 FAULTS: dict[str, tuple[dict[str, int], Callable[[Verify], None], str]] = {
     "own token": ({}, add("own", (1, 6), 1), "own"),
-    "flaw": ({}, put("flawed", (1, 2), 1), "flawed"),
+    "flaw": ({}, put("non_finite", (1, 2), 1), "non_finite"),
     "token": ({"mode": 3}, add("tokens", (BASE + 4,), 1), "tokens"),
     "token before": ({}, put("tokens", (3,), 5), "tokens"),
     "end": ({}, add("control", (0,), 1), "control"),
@@ -159,9 +159,9 @@ def test_a_verdict_that_falls_for_no_reason_is_found(monkeypatch: pytest.MonkeyP
     start = Verify.start
 
     def faulty(self: Verify, length: int) -> None:
-        self.board.tokens[BASE + 2] = 0
+        self.state.tokens[BASE + 2] = 0
         start(self, length)
-        self.board.tokens[BASE + 2] = self.before["tokens"][BASE + 2]
+        self.state.tokens[BASE + 2] = self.before["tokens"][BASE + 2]
 
     monkeypatch.setattr(Verify, "start", faulty)
     assert "counters" in failed(verify(mode=1))
@@ -178,7 +178,7 @@ def test_a_race_is_found(name: str, index: tuple[int, ...], monkeypatch: pytest.
     def faulty(self: Verify, length: int) -> None:
         start(self, length)
         if next(runs) == 2:
-            value = getattr(self.board, name)
+            value = getattr(self.state, name)
             value[index] = (
                 1 if value[index] == 0 else value[index] * (1 + 2**-22) + (not value.is_floating_point())
             )
@@ -190,7 +190,7 @@ def test_a_race_is_found(name: str, index: tuple[int, ...], monkeypatch: pytest.
 
 @cpu_only
 def test_a_state_that_is_not_reset_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Verify, "poison", lambda self: boards.poison(self.board))
+    monkeypatch.setattr(Verify, "poison", lambda self: decode_states.poison(self.state))
     assert "results differ" in failed(verify(), 2, kind="races")
 
 
@@ -207,7 +207,7 @@ def test_draws_pass_and_their_faults_are_found(
 
     def faulty(self: Draw, length: int) -> None:
         start(self, length)
-        self.board.tokens[BASE + 4] += 1
+        self.state.tokens[BASE + 4] += 1
 
     monkeypatch.setattr(Draw, "start", faulty)
     assert "tokens" in failed(case, 5)
@@ -239,7 +239,7 @@ def test_cases_cover_what_was_asked() -> None:
         assert {s["heat"] > 0 for s in verifies if s["rule"] == rule} == {False, True}
         assert {s.get("mode", 0) for s in verifies if s["rule"] == rule} == set(range(len(MODES)))
     assert {s["vocab"] for s in verifies if s.get("filters")} == vocabs
-    assert {s.get("filters", 0) for s in verifies} == set(range(len(boards.FILTERS)))
+    assert {s.get("filters", 0) for s in verifies} == set(range(len(decode_states.FILTERS)))
     assert {s.get("kind", 0) for s in verifies} == set(range(len(DIVERGENCES)))
     assert {s.get("cut", 0) for s in verifies} == set(range(len(CUTS)))
     tasks = [task for task in gpu_plan.check_tasks() if task.case and task.case.op in gpu_cases.DECISION_OPS]

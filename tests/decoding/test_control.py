@@ -10,7 +10,7 @@ from helpers.host_reads import no_host_reads
 from helpers.tables import TableTier, random_tables
 
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
-from pyramid_rt.decoding.torch_steps import TorchRounds
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 
 RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, "topk_js", "processed", or_match=True))
 OPTIONS = {"max_new_tokens": 24, "lengths": (2, 3), "seed": 3, "logprobs": 2}
@@ -20,14 +20,14 @@ OPTIONS = {"max_new_tokens": 24, "lengths": (2, 3), "seed": 3, "logprobs": 2}
 def watched(monkeypatch):
     """Every outer round runs under the watch; the list counts them."""
     rounds = []
-    real = TorchRounds.outer_round
+    real = TorchRoundRunner.outer_round
 
     def outer_round(self, known_end=None):
         rounds.append(known_end)
         with no_host_reads():
             real(self, known_end)
 
-    monkeypatch.setattr(TorchRounds, "outer_round", outer_round)
+    monkeypatch.setattr(TorchRoundRunner, "outer_round", outer_round)
     return rounds
 
 

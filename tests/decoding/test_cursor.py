@@ -10,14 +10,14 @@ import torch
 from pyramid_rt.decoding.counters import COLUMN, COUNTERS
 from pyramid_rt.decoding.cursor import Cursor, but_not, entry
 from pyramid_rt.decoding.rules import Match
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 
 VOCAB, MAX_SEQ, STOP = 7, 40, 3
 CPU = torch.device("cpu")
 
 
 def start(host: bool, end: int = 5) -> tuple[Cursor, State]:
-    plan = Plan((Match(), Match()), (2, 3), 1, host_control=host, noisy=False, filters=False)
+    plan = RoundPlan((Match(), Match()), (2, 3), 1, host_control=host, sampled=False, filters=False)
     state = State.allocate(plan, MAX_SEQ, VOCAB, CPU)
     state.end.fill_(end)
     state.limit.fill_(30)

@@ -18,8 +18,8 @@ from helpers.tables import (
 from torch import Tensor
 
 from pyramid_rt.decoding.rules import Evidence, Fuzzy, Match, Rejection, Rule, Verdict
-from pyramid_rt.decoding.state import Plan
-from pyramid_rt.decoding.torch_steps import TorchRounds, TorchSteps
+from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner, TorchSteps
 from pyramid_rt.kernels.reference import sampling as ops
 
 RUNS = 100_000
@@ -42,10 +42,12 @@ def one_thread():
 
 
 def decode(
-    rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[TorchRounds] = TorchRounds
+    rules: Sequence[Rule], inner_rounds: int | None = 1, make: type[TorchRoundRunner] = TorchRoundRunner
 ) -> Tensor:
     count = len(rules) + 1
-    plan = Plan(tuple(rules), LENGTHS[count], inner_rounds, host_control=False, noisy=True, filters=False)
+    plan = RoundPlan(
+        tuple(rules), LENGTHS[count], inner_rounds, host_control=False, sampled=True, filters=False
+    )
     seeds = torch.arange(RUNS) * 0x9E3779B97F4A7C1 + 17
     batches = seeds.split(BATCH)
     return torch.cat([decode_many(TABLES[count], plan, batch, prompt=PROMPT, make=make) for batch in batches])
@@ -69,7 +71,7 @@ def plain() -> dict[int, Tensor]:
 
 def plain_tokens(cache: dict[int, Tensor], count: int) -> Tensor:
     if count not in cache:
-        plan = Plan((), (), None, host_control=False, noisy=True, filters=False)
+        plan = RoundPlan((), (), None, host_control=False, sampled=True, filters=False)
         seeds = torch.arange(RUNS) * 0x9E3779B97F4A7C1 + 17
         cache[count] = torch.cat(
             [decode_many(TABLES[count][-1:], plan, batch, prompt=PROMPT) for batch in seeds.split(BATCH)]
@@ -117,13 +119,13 @@ def test_fuzzy_on_top_is_lossy():
 class OwnInsteadOfEffective(TorchSteps):
     """The tempting shortcut: hand up the tier's own distribution whatever the token was drawn from."""
 
-    def _handed_up(
+    def _effective_rows(
         self, verdict: Verdict, evidence: Evidence, processed: Tensor | None, prefix: Tensor
     ) -> Tensor | None:
         return processed
 
 
-class OwnInsteadOfEffectiveRounds(TorchRounds):
+class OwnInsteadOfEffectiveRounds(TorchRoundRunner):
     steps_class = OwnInsteadOfEffective
 
 

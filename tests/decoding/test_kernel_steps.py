@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
 from pyramid_rt.decoding.counters import COLUMN
-from pyramid_rt.decoding.kernel_steps import KernelRounds, KernelSteps, Stage, processed_tiers
-from pyramid_rt.decoding.recursion import Rounds
-from pyramid_rt.decoding.rounds import rounds_for
+from pyramid_rt.decoding.engine import rounds_for
+from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, KernelSteps, Stage, processed_tiers
+from pyramid_rt.decoding.recursion import RoundRunner
 from pyramid_rt.decoding.rules import Rule
-from pyramid_rt.decoding.state import NO_POSITION, Plan, State
-from pyramid_rt.decoding.torch_steps import TorchRounds
+from pyramid_rt.decoding.state import NO_POSITION, RoundPlan, State
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
 
 RULES = (
@@ -48,12 +48,12 @@ def tables_of(count: int, seed: int) -> list[Tensor]:
 
 
 def started(
-    tables: Sequence[Tensor], plan: Plan, *, kernels: bool, new_tokens: int, temperature: float, seed: int = 1,
+    tables: Sequence[Tensor], plan: RoundPlan, *, kernels: bool, new_tokens: int, temperature: float, seed: int = 1,
     stop: int | None = 3, filters: tuple[int, float, float] = (0, 1.0, 0.0),
-) -> tuple[State, Rounds]:  # fmt: skip
+) -> tuple[State, RoundRunner]:  # fmt: skip
     """A sequence after its prompt and the first token."""
     vocab, n = tables[0].shape[-1], len(PROMPT)
-    allocate = State.on_board if kernels else State.allocate
+    allocate = State.for_kernels if kernels else State.allocate
     state = allocate(plan, MAX_SEQ, vocab, DEVICE)
     kind = DeviceTableTier if kernels else TableTier
     tiers = [kind(f"t{i}", table, max_seq=MAX_SEQ) for i, table in enumerate(tables)]
@@ -71,7 +71,7 @@ def started(
         tier.forward(window, torch.tensor(0), None, n)
         cached.fill_(n)
     rounds = rounds_for(tiers, plan, state, vocab)
-    assert isinstance(rounds, KernelRounds if kernels else TorchRounds)
+    assert isinstance(rounds, KernelRoundRunner if kernels else TorchRoundRunner)
     rounds.first_token(torch.tensor([n - 1]), n, window, torch.tensor(0))
     return state, rounds
 
@@ -92,7 +92,7 @@ def compare(
 ) -> State:  # fmt: skip
     """Decode both ways, and one round more than there is to do; passes run where the torch steps count one."""
     count = len(rules) + 1
-    plan = Plan(
+    plan = RoundPlan(
         tuple(rules),
         LENGTHS[: count - 1],
         inner_rounds,
@@ -121,7 +121,7 @@ def compare(
         assert expected.logprob_rows is not None
         assert found.logprob_rows is not None
         assert torch.equal(expected.logprob_rows[:made], found.logprob_rows[:made])
-    assert isinstance(rounds, KernelRounds)
+    assert isinstance(rounds, KernelRoundRunner)
     passes = [tier.passes for tier in rounds.tiers if isinstance(tier, DeviceTableTier)]
     # Beside the rounds, the target has read the prompt.
     passes[-1] -= 1
@@ -205,7 +205,7 @@ def test_rows_that_cannot_be_decided_are_reported_alike(level, value):
     tables[level] = tables[level].clone()
     tables[level][:, :, 1 : None if value == -math.inf else 2] = value
     tables[level][:, :, 0] = value
-    plan = Plan((Match(), Match()), (2, 3), 2, False, True, False)
+    plan = RoundPlan((Match(), Match()), (2, 3), 2, False, True, False)
     firsts = []
     for kernels in (False, True):
         state, rounds = started(tables, plan, kernels=kernels, new_tokens=9, temperature=0.8, stop=None)
@@ -220,8 +220,8 @@ def test_rows_that_cannot_be_decided_are_reported_alike(level, value):
 class KernelPyramid(Pyramid):
     """A pyramid whose rounds are launches."""
 
-    def _state(self, plan: Plan) -> State:
-        return State.on_board(plan, self.max_seq, self.vocab_size, self.device)
+    def _state(self, plan: RoundPlan) -> State:
+        return State.for_kernels(plan, self.max_seq, self.vocab_size, self.device)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"method": "sd"}], ids=str)
@@ -265,9 +265,9 @@ def launches(stages: Sequence[Stage]) -> list[str]:
     ids=str,
 )
 def test_launches_of_a_round(rules, filters, beside):
-    plan = Plan(rules, (2, 3), 2, False, True, filters)
+    plan = RoundPlan(rules, (2, 3), 2, False, True, filters)
     _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
-    assert isinstance(rounds, KernelRounds)
+    assert isinstance(rounds, KernelRoundRunner)
     stages = rounds.stages(MAX_SEQ)
     names = launches(stages)
     counted = {name: names.count(name) for name in dict.fromkeys(names)}
@@ -278,23 +278,23 @@ def test_launches_of_a_round(rules, filters, beside):
 
 
 def test_a_round_of_kernels_calls_nothing_of_torch_and_reads_nothing():
-    plan = Plan((Fuzzy(0.1), Rejection()), (2, 3), 2, False, True, False)
+    plan = RoundPlan((Fuzzy(0.1), Rejection()), (2, 3), 2, False, True, False)
     state, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
-    assert isinstance(rounds, KernelRounds)
+    assert isinstance(rounds, KernelRoundRunner)
     pointers = {t.data_ptr() for t in vars_of(state)}
     for stage in rounds.stages(MAX_SEQ):
         for launch in stage.launches:
             if isinstance(launch, Launch):
                 tensors = [a for a in launch.args if isinstance(a, Tensor)]
-                # Only the board's own buffers, so nothing is allocated and every pointer stays.
+                # Only the decode_state's own buffers, so nothing is allocated and every pointer stays.
                 assert {t.data_ptr() for t in tensors} <= pointers
 
 
 def test_sections_of_one_name_are_the_same_launches():
     """So a graph of each, repeated, is a round."""
-    plan = Plan((Match(), Match()), (2, 3), 3, False, True, False)
+    plan = RoundPlan((Match(), Match()), (2, 3), 3, False, True, False)
     _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
-    assert isinstance(rounds, KernelRounds)
+    assert isinstance(rounds, KernelRoundRunner)
     written: list[tuple[str, list[Any]]] = []
     for stage in rounds.stages(MAX_SEQ):
         if not written or written[-1][0] != stage.section:
@@ -323,15 +323,17 @@ def contents(value: Any) -> Any:
 
 
 def vars_of(state: State) -> list[Tensor]:
-    assert state.board is not None
-    board = {name: getattr(state.board, name) for name in type(state.board).__dataclass_fields__}
-    statistics = board.pop("statistics")
-    return [*board.values(), statistics.peak, statistics.total, statistics.best, statistics.token]
+    assert state.decode_state is not None
+    decode_state = {
+        name: getattr(state.decode_state, name) for name in type(state.decode_state).__dataclass_fields__
+    }
+    statistics = decode_state.pop("statistics")
+    return [*decode_state.values(), statistics.peak, statistics.total, statistics.best, statistics.token]
 
 
 def test_which_tiers_need_processed_distributions():
     def of(*rules: Rule) -> tuple[bool, ...]:
-        return processed_tiers(Plan(rules, LENGTHS[: len(rules)], 1, False, True, False))
+        return processed_tiers(RoundPlan(rules, LENGTHS[: len(rules)], 1, False, True, False))
 
     assert of(Match(), Match()) == (False, False, False)
     assert of(Fuzzy(0.1), Match()) == (False, False, False)
@@ -341,17 +343,17 @@ def test_which_tiers_need_processed_distributions():
 
 
 def test_refuses():
-    plan = Plan((), (), None, False, True, False)
-    state = State.on_board(plan, MAX_SEQ, 4, DEVICE)
+    plan = RoundPlan((), (), None, False, True, False)
+    state = State.for_kernels(plan, MAX_SEQ, 4, DEVICE)
     with pytest.raises(ValueError, match=r"^plan.host_control "):
-        KernelRounds([], replace(plan, host_control=True), state, 4)
-    with pytest.raises(ValueError, match=r"^state.board "):
-        KernelRounds([], plan, State.allocate(plan, MAX_SEQ, 4, DEVICE), 4)
+        KernelRoundRunner([], replace(plan, host_control=True), state, 4)
+    with pytest.raises(ValueError, match=r"^state.decode_state "):
+        KernelRoundRunner([], plan, State.allocate(plan, MAX_SEQ, 4, DEVICE), 4)
 
 
 def test_bytes_are_those_of_the_board():
-    plan = Plan((Match(),), (2,), None, False, True, False)
-    state = State.on_board(plan, MAX_SEQ, 100, DEVICE)
+    plan = RoundPlan((Match(),), (2,), None, False, True, False)
+    state = State.for_kernels(plan, MAX_SEQ, 100, DEVICE)
     assert state.nbytes() == sum(t.numel() * t.element_size() for t in vars_of(state))
 
 
@@ -360,11 +362,11 @@ class Forgetful(KernelSteps):
 
     def verify(self, opened):
         if opened.level == 2:
-            self.decide(FillSource(self.board.source))
+            self.decide(FillSource(self.decode_state.source))
         super().verify(opened)
 
 
-class ForgetfulRounds(KernelRounds):
+class ForgetfulRounds(KernelRoundRunner):
     steps_class = Forgetful
 
 
@@ -376,7 +378,7 @@ class FillSource:
         self.source.fill_(1)
 
 
-def distance_from_target(kind: type[KernelRounds]) -> tuple[float, float]:
+def distance_from_target(kind: type[KernelRoundRunner]) -> tuple[float, float]:
     """Total variation of decoded tokens from the target's distribution, and what exact samples stay below.
 
     No tier looks at the text, so every token is an independent sample. The draft is far from the others, which
@@ -385,9 +387,9 @@ def distance_from_target(kind: type[KernelRounds]) -> tuple[float, float]:
     """
     draft, target = torch.tensor([0.8, 0.1, 0.05, 0.05]), torch.tensor([0.05, 0.15, 0.3, 0.5])
     tables = [share.log().expand(4, 4, 4).contiguous() for share in (draft, target, target)]
-    plan = Plan((Fuzzy(9.0), Rejection()), (3, 2), 1, False, True, False)
+    plan = RoundPlan((Fuzzy(9.0), Rejection()), (3, 2), 1, False, True, False)
     state, made = started(tables, plan, kernels=True, new_tokens=SAMPLES, temperature=1.0, seed=11, stop=None)
-    assert isinstance(made, KernelRounds)
+    assert isinstance(made, KernelRoundRunner)
     rounds = kind(made.tiers, plan, state, 4)
     while int(state.end) < int(state.limit):
         rounds.outer_round()
@@ -398,7 +400,7 @@ def distance_from_target(kind: type[KernelRounds]) -> tuple[float, float]:
 
 
 def test_rejection_over_a_fuzzy_tier_is_exact():
-    found, allowed = distance_from_target(KernelRounds)
+    found, allowed = distance_from_target(KernelRoundRunner)
     assert found < allowed
 
 

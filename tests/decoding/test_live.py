@@ -16,9 +16,9 @@ from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.rounds import damped_llama
 from pyramid_rt import Fuzzy, Match, Rejection
 from pyramid_rt.decoding.counters import COLUMN
-from pyramid_rt.decoding.kernel_steps import KernelRounds
+from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.rules import Rule
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.kernels.decide.decode_state import live_at
 from pyramid_rt.kernels.forward import attention, embed, gate_up, head, project, qkv
 from pyramid_rt.kernels.forward.attention_configs import AttentionConfig, Splits
@@ -222,7 +222,7 @@ class Decoding:
 
     tiers: list[ModelTier]
     state: State
-    rounds: KernelRounds
+    rounds: KernelRoundRunner
 
     @classmethod
     def begin(
@@ -251,8 +251,8 @@ class Decoding:
             )
             for i, model in enumerate((*models, whole))
         ]
-        plan = Plan(rules, lengths, inner_rounds, False, True, filters)
-        state = State.on_board(plan, MAX_SEQ, VOCAB, DEVICE)
+        plan = RoundPlan(rules, lengths, inner_rounds, False, True, filters)
+        state = State.for_kernels(plan, MAX_SEQ, VOCAB, DEVICE)
         state.tokens[:PROMPT] = source.integers(PROMPT, high=VOCAB)
         state.end.fill_(PROMPT)
         state.limit.fill_(PROMPT + new)
@@ -264,7 +264,7 @@ class Decoding:
         for tier, cached in zip(tiers[:-1], state.cached, strict=False):
             tier.forward(state.tokens[:PROMPT], zero, None, PROMPT)
             cached.fill_(PROMPT)
-        rounds = KernelRounds(tiers, plan, state, VOCAB)
+        rounds = KernelRoundRunner(tiers, plan, state, VOCAB)
         window = state.tokens[:PROMPT]
         rounds.first_token(torch.tensor([PROMPT - 1], device=DEVICE), PROMPT, window, zero)
         state.stop_mask.fill_(stop)
@@ -272,9 +272,9 @@ class Decoding:
 
     def revive(self) -> None:
         """Words that say of every tier that it has something to do."""
-        assert self.state.board is not None
+        assert self.state.decode_state is not None
         n = len(self.tiers)
-        self.state.board.control[live_at(n, 0) : live_at(n, 0) + n] = 1
+        self.state.decode_state.control[live_at(n, 0) : live_at(n, 0) + n] = 1
 
     def streams(self, level: int) -> dict[str, Tensor]:
         """What every pass of a tier writes anew, and nobody reads after it."""
@@ -287,11 +287,11 @@ class Decoding:
         """All that a pass of a tier may write to."""
         backend = self.tiers[level].model.backend
         assert isinstance(backend, TritonBackend)
-        assert self.state.board is not None
-        b, statistics = backend.buffers, self.state.board.statistics_of(level)
+        assert self.state.decode_state is not None
+        b, statistics = backend.buffers, self.state.decode_state.statistics_of(level)
         return self.streams(level) | {
             "cache": self.tiers[level].cache.buffer,
-            "rows": self.state.board.rows[level],
+            "rows": self.state.decode_state.rows[level],
             "peak": statistics.peak,
             "total": statistics.total,
             "best": statistics.best,
@@ -304,14 +304,14 @@ class Decoding:
         }
 
     def everything(self) -> Iterator[tuple[str, Tensor]]:
-        """That, of all tiers, and the board."""
-        board = self.state.board
-        assert board is not None
+        """That, of all tiers, and the decode_state."""
+        decode_state = self.state.decode_state
+        assert decode_state is not None
         for level in range(len(self.tiers)):
             for name, tensor in self.touched(level).items():
                 yield f"{name} of tier {level}", tensor
-        for name in type(board).__dataclass_fields__:
-            tensor = getattr(board, name)
+        for name in type(decode_state).__dataclass_fields__:
+            tensor = getattr(decode_state, name)
             if isinstance(tensor, Tensor):
                 yield name, tensor
 

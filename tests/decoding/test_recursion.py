@@ -11,7 +11,7 @@ from helpers.tables import VOCAB, TableTier, random_tables
 
 from pyramid_rt import Fuzzy, InputError, Match, NonFiniteLogitsError, Pyramid, Rejection
 from pyramid_rt.decoding.rules import rows_needed
-from pyramid_rt.decoding.state import Plan
+from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.torch_steps import _NoiseRows
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -261,7 +261,7 @@ def test_only_needed_rows_are_kept():
 
 
 def test_plan_lengths():
-    plan = Plan((Match(), Match()), (4, 10), None, True, False, False)
+    plan = RoundPlan((Match(), Match()), (4, 10), None, True, False, False)
     assert plan.longest == (4, 14)
     assert [plan.window(level) for level in range(3)] == [3, 6, 15]
-    assert Plan((Match(), Match()), (4, 10), 2, True, False, False).longest == (4, 10)
+    assert RoundPlan((Match(), Match()), (4, 10), 2, True, False, False).longest == (4, 10)

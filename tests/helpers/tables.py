@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyramid_rt.decoding.state import Plan, State
-from pyramid_rt.decoding.torch_steps import TorchRounds
+from pyramid_rt.decoding.state import RoundPlan, State
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 
 VOCAB = 4
 MAX_SEQ = 16
@@ -89,13 +89,13 @@ def total_variation(a: Tensor, b: Tensor) -> float:
 
 def decode_many(
     tables: Sequence[Tensor],
-    plan: Plan,
+    plan: RoundPlan,
     seeds: Tensor,
     *,
     prompt: Sequence[int] = (1, 2),
     new_tokens: int = 6,
     temperature: float = 1.0,
-    make: Callable[..., TorchRounds] = TorchRounds,
+    make: Callable[..., TorchRoundRunner] = TorchRoundRunner,
 ) -> Tensor:
     """Run the recursion, device control, once per seed (int64 [runs]) in one `vmap`. Tokens [runs, new_tokens]."""
     template = State.allocate(plan, MAX_SEQ, VOCAB, torch.device("cpu"))

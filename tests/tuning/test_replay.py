@@ -13,7 +13,7 @@ from helpers.positions import MAX_SEQ, VOCAB, PositionTier
 from pyramid_rt.decoding.counters import COLUMN
 from pyramid_rt.decoding.methods import tiers_of
 from pyramid_rt.decoding.state import State
-from pyramid_rt.decoding.torch_steps import TorchRounds
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.tuning.replay import Costs, Curve, Replay, Setting, Trace, predict, replay
@@ -109,7 +109,7 @@ def decode(tables: list[torch.Tensor], setting: Setting, *, host_control: bool) 
     state.end.add_(PROMPT)
     for cached in state.cached[:-1]:
         cached.add_(PROMPT)
-    recursion = TorchRounds(tiers, plan, state, VOCAB)
+    recursion = TorchRoundRunner(tiers, plan, state, VOCAB)
     window = state.tokens[:PROMPT]
     recursion.first_token(torch.tensor([PROMPT - 1]), PROMPT, window, torch.tensor(0))
     tiers[-1].passes.clear()

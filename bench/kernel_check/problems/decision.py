@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.kernel_check.problems import decode_state as boards
+from bench.kernel_check.problems import decode_state as decode_states
 from bench.kernel_check.problems import oracle
 from bench.kernel_check.problems import oracle_decision as decided
 from bench.kernel_check.problems.base import Case, Place, Source
@@ -20,7 +20,7 @@ from bench.kernel_check.problems.decode_state import BASE, FAR
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide import readback as report
-from pyramid_rt.kernels.decide.decode_state import COUNTERS, END, LIMIT, Board
+from pyramid_rt.kernels.decide.decode_state import COUNTERS, END, LIMIT, DecodeState
 from pyramid_rt.kernels.launch import WINDOW, Launch
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -32,10 +32,10 @@ THRESHOLD = 0.1
 
 
 class _OnBoard:
-    """What the problems share: a board that every run finds in the same state."""
+    """What the problems share: a decode state that every run finds in the same state."""
 
     rowwise = False
-    board: Board
+    state: DecodeState
     before: dict[str, Tensor]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
@@ -48,8 +48,8 @@ class _OnBoard:
 
     def poison(self) -> None:
         """Every result; the round is open again."""
-        boards.poison(self.board)
-        boards.restore(self.board, self.before)
+        decode_states.poison(self.state)
+        decode_states.restore(self.state, self.before)
 
     def start(self, length: int) -> None:
         """All launches."""
@@ -58,11 +58,11 @@ class _OnBoard:
 
     def outputs(self, length: int) -> dict[str, Tensor]:
         """The whole state and every result."""
-        return boards.results(self.board)
+        return decode_states.results(self.state)
 
     def counters(self) -> list[Tensor]:
         """Arrivals of shares and rows."""
-        return [self.board.arrivals]
+        return [self.state.arrivals]
 
     def untouched(self, length: int) -> dict[str, Tensor]:
         """Nothing but what a problem names."""
@@ -70,7 +70,7 @@ class _OnBoard:
 
     def differences(self, expected: decided.Sequel) -> dict[str, float]:
         """inf for every part of the state that is not as expected."""
-        found = decided.Sequel.of({name: getattr(self.board, name) for name in boards.STATE})
+        found = decided.Sequel.of({name: getattr(self.state, name) for name in decode_states.STATE})
         return dict.fromkeys(found.differences(expected), math.inf) or {"state": 0.0}
 
 
@@ -97,12 +97,12 @@ class Verify(_OnBoard):
                 "level is 1, expected 2 with filters: a middle tier's rows are processed like these"
             )
         lists = bool(self.filters) or self.kind.startswith("topk_")
-        self.board = boards.make_board(place, self.vocab, WINDOW, tiers=self.tiers, lists=lists)
+        self.state = decode_states.make_decode_state(place, self.vocab, WINDOW, tiers=self.tiers, lists=lists)
         if place.device.type == "meta":
             return
-        boards.request(self.board, temperature=self.heat, filters=self.filters, threshold=THRESHOLD)
+        decode_states.request(self.state, temperature=self.heat, filters=self.filters, threshold=THRESHOLD)
         self.logits = self._rows(source)
-        self.scores = [boards.scores(self.board, rows) for rows in self.logits]
+        self.scores = [decode_states.scores(self.state, rows) for rows in self.logits]
 
     def _rows(self, source: Source) -> list[Tensor]:
         """[64, V] of each tier, lowest first; those below the judge are made from its rows by the mode."""
@@ -128,7 +128,7 @@ class Verify(_OnBoard):
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """See `_OnBoard`."""
-        board, m = self.board, length - 1
+        state, m = self.state, length - 1
         proposed = self._proposed(m)
         for tier, (logits, score) in enumerate(zip(self.logits, self.scores, strict=True)):
             if self.mode == "late" and tier < self.level:
@@ -137,34 +137,34 @@ class Verify(_OnBoard):
                 logits[2 * m // 3] = -math.inf
                 logits[2 * m // 3, proposed[2 * m // 3]] = 1.0
                 score = logits
-            boards.put_rows(board, tier, logits, score)
+            decode_states.put_rows(state, tier, logits, score)
             if hide:
-                boards.hide_rows(board, tier, length if tier > 0 else m)
-        board.stop_mask.zero_()
+                decode_states.hide_rows(state, tier, length if tier > 0 else m)
+        state.stop_mask.zero_()
         limit = BASE + m if self.cut == "limit" else FAR
-        boards.open_verify(
-            board, self.level, proposed, limit=limit, ended=self.cut in ("stop stands", "stop falls")
+        decode_states.open_verify(
+            state, self.level, proposed, limit=limit, ended=self.cut in ("stop stands", "stop falls")
         )
         if self.level == 2 and not self.filters:
             # With filters the lowest tier's rows would be those that its draws left.
-            board.source[:m] = torch.arange(m, device=proposed.device) % 2
+            state.source[:m] = torch.arange(m, device=proposed.device) % 2
         if self.cut in ("stop stands", "stop falls"):
-            board.stop_mask[proposed[-1]] = True
+            state.stop_mask[proposed[-1]] = True
         elif self.cut == "stop corrects":
-            board.stop_mask[self.scores[self.level][2 * m // 3].argmax()] = True
-        self.before = boards.snapshot(board)
+            state.stop_mask[self.scores[self.level][2 * m // 3].argmax()] = True
+        self.before = decode_states.snapshot(state)
 
     def launches(self, length: int) -> list[Launch]:
         """As `KernelSteps.verify` writes them; the longest proposal is longer than the window's every other time."""
-        board, filters = self.board, bool(self.filters)
+        state, filters = self.state, bool(self.filters)
         count, made = min(max(2, length + length % 2), WINDOW), list[Launch]()
         if self.stored:
             for level in range(1, self.level + 1):
                 below = level == 1 and not filters
-                made.append(thresholds.plan(board, level, count, draw=False, filters=filters, below=below))
+                made.append(thresholds.plan(state, level, count, draw=False, filters=filters, below=below))
         made.append(
             decision.plan(
-                board,
+                state,
                 self.level,
                 count,
                 self.rule,
@@ -177,36 +177,36 @@ class Verify(_OnBoard):
 
     def untouched(self, length: int) -> dict[str, Tensor]:
         """Results of rows past the verify."""
-        board, m = self.board, length - 1
-        parts = {"distance": board.distance[m:]}
+        state, m = self.state, length - 1
+        parts = {"distance": state.distance[m:]}
         for name in ("normaliser", "cut"):
-            parts[name] = getattr(board, name)[self.level, length:]
-            parts[f"{name} below"] = getattr(board, name)[0, m:]
+            parts[name] = getattr(state, name)[self.level, length:]
+            parts[f"{name} below"] = getattr(state, name)[0, m:]
         return parts
 
     def verdicts(self, length: int) -> dict[str, float]:
         """Rows against float64, then the whole state from what the rows gave."""
-        board, level, m = self.board, self.level, length - 1
-        own, winner = board.own[level, :length], self.scores[level][:length].argmax(-1)
-        logits = board.rows[:, :length, : self.vocab]
+        state, level, m = self.state, self.level, length - 1
+        own, winner = state.own[level, :length], self.scores[level][:length].argmax(-1)
+        logits = state.rows[:, :length, : self.vocab]
         found: dict[str, float] = {}
         if self.stored:
-            places = boards.positions(board, length)
-            found |= decided.row_ratios(board, level, logits[level], places, winner)
+            places = decode_states.positions(state, length)
+            found |= decided.row_ratios(state, level, logits[level], places, winner)
         else:
             found["own"] = oracle.equal(own, winner)
-        found["flawed"] = 0.0 if not bool(board.flawed[level, :length].any()) else math.inf
+        found["non_finite"] = 0.0 if not bool(state.non_finite[level, :length].any()) else math.inf
         near = [False] * m
         if self.rule.startswith("fuzzy"):
             rows = [logits[level, :m], logits[level - 1, :m]]
             if self.processed:
-                rows = [decided.processed(board, level - i, part) for i, part in enumerate(rows)]
-            found["distance"] = decided.distance_ratio(self.kind, board.distance[:m], *rows)
-            near = ((board.distance[:m] <= THRESHOLD) & (board.distance[:m] < math.inf)).tolist()
+                rows = [decided.processed(state, level - i, part) for i, part in enumerate(rows)]
+            found["distance"] = decided.distance_ratio(self.kind, state.distance[:m], *rows)
+            near = ((state.distance[:m] <= THRESHOLD) & (state.distance[:m] < math.inf)).tolist()
         return found | self._state(logits, own.tolist(), near)
 
     def _state(self, logits: Tensor, own: list[int], near: list[bool]) -> dict[str, float]:
-        board, m = self.board, len(own) - 1
+        state, m = self.state, len(own) - 1
         before = decided.Sequel.of(self.before)
         proposed = before.tokens[BASE : BASE + m]
         match = [token == mine for token, mine in zip(proposed, own, strict=False)]
@@ -218,7 +218,7 @@ class Verify(_OnBoard):
         else:
             stands = [a or (b and self.rule == "fuzzy_or_match") for a, b in zip(near, match, strict=True)]
         expected = decided.after_verify(
-            before, self.tiers, self.level, own, stands, near, stops=board.stop_mask.tolist(),
+            before, self.tiers, self.level, own, stands, near, stops=state.stop_mask.tolist(),
             lossless=self.rule in ("match", "rejection"), residual=residual,
         )  # fmt: skip
         return extra | self.differences(expected)
@@ -227,18 +227,21 @@ class Verify(_OnBoard):
         self, logits: Tensor, before: decided.Sequel, proposed: list[int]
     ) -> tuple[list[bool], int | None, dict[str, float]]:
         """Which tokens stand, the kernel's own correction, and how far that is from the best."""
-        board, level, m = self.board, self.level, len(proposed)
+        state, level, m = self.state, self.level, len(proposed)
         device = logits.device
-        places, token = boards.positions(board, m), torch.tensor(proposed, device=device).unsqueeze(-1)
-        p_log = decided.processed(board, level, logits[level, :m])
-        below = torch.stack([decided.processed(board, tier, logits[tier, :m]) for tier in range(level)])
+        places, token = (
+            decode_states.positions(state, m),
+            torch.tensor(proposed, device=device).unsqueeze(-1),
+        )
+        p_log = decided.processed(state, level, logits[level, :m])
+        below = torch.stack([decided.processed(state, tier, logits[tier, :m]) for tier in range(level)])
         drawn = torch.tensor(before.source[:m], device=device)
         q_log = below[drawn, torch.arange(m, device=device)]
         p, q = (log.gather(-1, token).squeeze(-1).exp() for log in (p_log, q_log))
-        u = ops.uniform(ops.random_words(board.seed, places, ops.PURPOSE_ACCEPT, level - 1, 1).squeeze(-1))
+        u = ops.uniform(ops.random_words(state.seed, places, ops.PURPOSE_ACCEPT, level - 1, 1).squeeze(-1))
         may, must = decided.near_verdicts(u, p, q)
         # How many the kernel let stand: allowed unless one of them must fall, or the next one must stand.
-        counted = int(board.counters[level - 1, 1]) - before.counters[level - 1][1]
+        counted = int(state.counters[level - 1, 1]) - before.counters[level - 1][1]
         allowed = 0 <= counted <= m and all(may[:counted]) and not (counted < m and must[counted])
         if not allowed:
             return must, None, {"verdict": math.inf}
@@ -246,8 +249,8 @@ class Verify(_OnBoard):
         if counted == m:
             return stands, None, {"verdict": 0.0}
         row = slice(counted, counted + 1)
-        noise = decided.exact_noise(board.seed, places[row], ops.PURPOSE_RESIDUAL, level - 1, self.vocab)[0]
-        chosen = int(board.tokens[BASE + counted])
+        noise = decided.exact_noise(state.seed, places[row], ops.PURPOSE_RESIDUAL, level - 1, self.vocab)[0]
+        chosen = int(state.tokens[BASE + counted])
         if not 0 <= chosen < self.vocab:
             return stands, None, {"residual": math.inf}
         loss = decided.residual_loss(p_log[counted], q_log[counted], noise, chosen)
@@ -266,58 +269,58 @@ class Draw(_OnBoard):
         self.vocab, self.heat, self.filters = sizes["vocab"], sizes["heat"] / 10, sizes.get("filters", 0)
         self.first, self.cut = bool(sizes.get("first")), CUTS[sizes.get("cut", 0)]
         self.level = 1 if self.first else 0
-        self.board = boards.make_board(place, self.vocab, WINDOW, lists=bool(self.filters))
+        self.state = decode_states.make_decode_state(place, self.vocab, WINDOW, lists=bool(self.filters))
         if place.device.type == "meta":
             return
-        boards.request(self.board, temperature=self.heat, filters=self.filters)
+        decode_states.request(self.state, temperature=self.heat, filters=self.filters)
         self.logits = source.random(WINDOW, self.vocab, scale=3.0)
-        self.scores = boards.scores(self.board, self.logits)
+        self.scores = decode_states.scores(self.state, self.logits)
 
     def launches(self, length: int) -> list[Launch]:
         """One, or two with filters."""
         made, filters = list[Launch](), bool(self.filters)
         if filters:
-            made.append(thresholds.plan(self.board, self.level, 1, draw=True, filters=True))
-        return [*made, sample.plan(self.board, self.level, first=self.first, stored=filters)]
+            made.append(thresholds.plan(self.state, self.level, 1, draw=True, filters=True))
+        return [*made, sample.plan(self.state, self.level, first=self.first, stored=filters)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """T - 1 tokens of the burst are there."""
-        board, row = self.board, length - 1
+        state, row = self.state, length - 1
         known = self.scores[:row].argmax(-1)
-        boards.put_rows(board, self.level, self.logits, self.scores)
-        board.rows[1 - self.level] = math.nan
+        decode_states.put_rows(state, self.level, self.logits, self.scores)
+        state.rows[1 - self.level] = math.nan
         if hide:
-            boards.hide_rows(board, self.level, length)
-            board.rows[self.level, :row] = math.nan
-        board.stop_mask.zero_()
-        boards.open_verify(board, 1, known, ended=self.cut == "stop stands")
+            decode_states.hide_rows(state, self.level, length)
+            state.rows[self.level, :row] = math.nan
+        state.stop_mask.zero_()
+        decode_states.open_verify(state, 1, known, ended=self.cut == "stop stands")
         if self.cut == "limit":
-            board.control[LIMIT] = BASE + row
+            state.control[LIMIT] = BASE + row
         elif self.cut == "stop corrects":
-            board.stop_mask.fill_(True)
-        self.before = boards.snapshot(board)
+            state.stop_mask.fill_(True)
+        self.before = decode_states.snapshot(state)
 
     def verdicts(self, length: int) -> dict[str, float]:
         """The token, and the state that follows from it."""
-        board, level, row = self.board, self.level, slice(length - 1, length)
+        state, level, row = self.state, self.level, slice(length - 1, length)
         before, winner = decided.Sequel.of(self.before), self.scores[length - 1 : length].argmax(-1)
         token, found = int(winner), dict[str, float]()
         if self.filters:
-            token = int(board.own[level, length - 1])
+            token = int(state.own[level, length - 1])
             found = self._stored(row, winner)
         expected = decided.after_draw(
-            before, 2, level, token, stops=board.stop_mask.tolist(), first=self.first
+            before, 2, level, token, stops=state.stop_mask.tolist(), first=self.first
         )  # fmt: skip
         return found | self.differences(expected)
 
     def _stored(self, row: slice, winner: Tensor) -> dict[str, float]:
-        """What `thresholds` left for the row, as if it were a board's first."""
-        board = self.board
-        one = boards.make_board(Place(board.rows.device, 80), self.vocab, 1)
-        boards.request(one, temperature=self.heat, filters=self.filters)
+        """What `thresholds` left for the row, as if it were a decode state's first."""
+        state = self.state
+        one = decode_states.make_decode_state(Place(state.rows.device, 80), self.vocab, 1)
+        decode_states.request(one, temperature=self.heat, filters=self.filters)
         for name in ("own", "cut", "normaliser"):
-            getattr(one, name)[0, 0] = getattr(board, name)[self.level, row][0]
-        places = boards.positions(board, WINDOW)[row]
+            getattr(one, name)[0, 0] = getattr(state, name)[self.level, row][0]
+        places = decode_states.positions(state, WINDOW)[row]
         return decided.row_ratios(one, 0, self.logits[row], places, winner)
 
 
@@ -328,30 +331,32 @@ class Report(_OnBoard):
 
     def __init__(self, case: Case, place: Place) -> None:
         source, self.tiers = Source(place, case), case.sizes["tiers"]
-        self.board = boards.make_board(place, case.sizes["vocab"], 1, tiers=self.tiers, lists=False)
+        self.state = decode_states.make_decode_state(
+            place, case.sizes["vocab"], 1, tiers=self.tiers, lists=False
+        )
         self.numbers = source.new(3 + (2 + COUNTERS) * self.tiers + self.MOST, dtype=torch.int64)
         self.reported = source.scalar(0)
-        self.tokens = source.integers(self.board.tokens.shape[0], high=2**40)
+        self.tokens = source.integers(self.state.tokens.shape[0], high=2**40)
 
     def launches(self, length: int) -> list[Launch]:
         """One."""
-        return [report.plan(self.board, self.reported, self.numbers, self.MOST)]
+        return [report.plan(self.state, self.reported, self.numbers, self.MOST)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Distinct numbers everywhere; every other window ends where the buffer does."""
-        board, capacity = self.board, self.tokens.shape[0]
+        state, capacity = self.state, self.tokens.shape[0]
         self.begin = capacity - length if length % 2 else BASE
-        for tensor, start in ((board.control, 1000), (board.counters, 5000)):
+        for tensor, start in ((state.control, 1000), (state.counters, 5000)):
             tensor.copy_(torch.arange(tensor.numel(), device=tensor.device).view_as(tensor) + start)
-        board.control[END] = self.begin + length
-        board.tokens.copy_(self.tokens)
-        board.ended.fill_(length % 3 == 0)
-        self.before = boards.snapshot(board)
+        state.control[END] = self.begin + length
+        state.tokens.copy_(self.tokens)
+        state.ended.fill_(length % 3 == 0)
+        self.before = decode_states.snapshot(state)
 
     def poison(self) -> None:
         """The numbers; the last report is where it was."""
         super().poison()
-        self.numbers.fill_(boards.POISON)
+        self.numbers.fill_(decode_states.POISON)
         self.reported.fill_(self.begin)
 
     def outputs(self, length: int) -> dict[str, Tensor]:
@@ -360,7 +365,7 @@ class Report(_OnBoard):
 
     def verdicts(self, length: int) -> dict[str, float]:
         """Every number."""
-        wanted = decided.report_numbers(self.board, self.begin, self.MOST)
+        wanted = decided.report_numbers(self.state, self.begin, self.MOST)
         return {
             "numbers": 0.0 if self.numbers.tolist() == wanted else math.inf,
             "reported": 0.0 if int(self.reported) == self.begin + length else math.inf,

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyramid_rt.kernels.decide.decode_state import END, LIMIT, Board, bad_at, base_at, cached_at, live_at
+from pyramid_rt.kernels.decide.decode_state import (
+    END,
+    LIMIT,
+    DecodeState,
+    bad_at,
+    base_at,
+    cached_at,
+    live_at,
+)
 from pyramid_rt.kernels.reference import sampling as ops
 
 # Sums of up to 128,256 weights, added as trees, whose exponents were rounded at a size of 30.
@@ -22,9 +30,9 @@ WEIGHT = 4e-6
 DISTANCE = 4e-6
 
 
-def scaled_rows(board: Board, logits: Tensor) -> Tensor:
+def scaled_rows(state: DecodeState, logits: Tensor) -> Tensor:
     """Logits over the temperature as float32 rounds them, [R, V]; at 0 the logits."""
-    return logits / torch.where(board.temperature > 0, board.temperature, 1.0)
+    return logits / torch.where(state.temperature > 0, state.temperature, 1.0)
 
 
 def exact_noise(seed: Tensor, positions: Tensor, purpose: int, stage: int, vocab: int) -> Tensor:
@@ -33,9 +41,9 @@ def exact_noise(seed: Tensor, positions: Tensor, purpose: int, stage: int, vocab
     return -torch.log(-torch.log1p(-u))
 
 
-def cut_range(board: Board, scaled: Tensor) -> tuple[Tensor, Tensor]:
+def cut_range(state: DecodeState, scaled: Tensor) -> tuple[Tensor, Tensor]:
     """Between which values [R] (float64, both allowed) a row's cut may lie: top-p and min-p within `WEIGHT`."""
-    top_k, top_p, min_p = int(board.top_k), float(board.top_p), float(board.min_p)
+    top_k, top_p, min_p = int(state.top_k), float(state.top_p), float(state.min_p)
     ordered = scaled.sort(-1, descending=True).values
     top = ordered[:, :1].double()
     inside = torch.ones_like(ordered, dtype=torch.bool)
@@ -58,16 +66,16 @@ def cut_range(board: Board, scaled: Tensor) -> tuple[Tensor, Tensor]:
     return low.squeeze(-1), high.squeeze(-1)
 
 
-def processed(board: Board, level: int, logits: Tensor) -> Tensor:
+def processed(state: DecodeState, level: int, logits: Tensor) -> Tensor:
     """Log-probabilities [R, V] in float64 of a tier's first rows, cut where the kernel cut them."""
-    if float(board.temperature) == 0.0:
+    if float(state.temperature) == 0.0:
         return ops.one_hot_logprobs(logits).double()
-    scaled, cut = scaled_rows(board, logits), board.cut[level, : logits.shape[0], None]
+    scaled, cut = scaled_rows(state, logits), state.cut[level, : logits.shape[0], None]
     return scaled.double().masked_fill(scaled < cut, -math.inf).log_softmax(-1)
 
 
 def row_ratios(
-    board: Board, level: int, logits: Tensor, positions: Tensor, winner: Tensor
+    state: DecodeState, level: int, logits: Tensor, positions: Tensor, winner: Tensor
 ) -> dict[str, float]:
     """Error over tolerance of cut, normaliser and own token of a tier's first rows.
 
@@ -75,11 +83,11 @@ def row_ratios(
         logits: [R, V] float32. positions: int64 [R]. winner: int64 [R], of the unfiltered noisy scores.
     """
     count = logits.shape[0]
-    own = board.own[level, :count]
-    if float(board.temperature) == 0.0:
+    own = state.own[level, :count]
+    if float(state.temperature) == 0.0:
         return {"own": 0.0 if torch.equal(own, logits.argmax(-1)) else math.inf}
-    scaled, cut = scaled_rows(board, logits), board.cut[level, :count]
-    low, high = cut_range(board, scaled)
+    scaled, cut = scaled_rows(state, logits), state.cut[level, :count]
+    low, high = cut_range(state, scaled)
     kept = (scaled >= cut.unsqueeze(-1)) & (scaled > -math.inf)
     alive, double = scaled > -math.inf, scaled.double()
     most = ((double >= low.unsqueeze(-1)) & alive).sum(-1)
@@ -87,11 +95,11 @@ def row_ratios(
     many = kept.sum(-1)
     fits = bool(((least <= many) & (many <= most)).all())
     wanted = double.masked_fill(~kept, -math.inf).logsumexp(-1)
-    error = (board.normaliser[level, :count].double() - wanted).abs() / (2e-6 + 1e-6 * wanted.abs())
+    error = (state.normaliser[level, :count].double() - wanted).abs() / (2e-6 + 1e-6 * wanted.abs())
     # What torch rounds as the head does wins exactly where it stands; elsewhere two scores within a rounding
     # of noise, quotient and sum may change places.
     stands = kept.gather(-1, winner.unsqueeze(-1)).squeeze(-1)
-    noise = exact_noise(board.seed, positions, ops.PURPOSE_OWN, 0, logits.shape[1])
+    noise = exact_noise(state.seed, positions, ops.PURPOSE_OWN, 0, logits.shape[1])
     score = (double + noise).masked_fill(~kept, -math.inf)
     best = score.amax(-1)
     given = score.gather(-1, own.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
@@ -146,7 +154,7 @@ def residual_loss(p_log: Tensor, q_log: Tensor, noise: Tensor, token: int) -> fl
 
 @dataclass(frozen=True)
 class Sequel:
-    """The state of a board on the host, lists of numbers."""
+    """The state of a decode state on the host, lists of numbers."""
 
     control: list[int]
     ended: bool
@@ -252,11 +260,11 @@ def after_draw(
     return Sequel(control, ended, tokens, origin, counters, source)
 
 
-def report_numbers(board: Board, begin: int, most: int) -> list[int]:
+def report_numbers(state: DecodeState, begin: int, most: int) -> list[int]:
     """What a report made now should hold."""
-    tiers, end = board.tiers_count, int(board.control[END])
-    words, tokens = board.control.tolist(), board.tokens.tolist()
+    tiers, end = state.tiers_count, int(state.control[END])
+    words, tokens = state.control.tolist(), state.tokens.tolist()
     wanted = [tokens[i] if i < len(tokens) else 0 for i in range(begin, begin + most)]
-    counted = [value for row in board.counters.tolist() for value in row]
+    counted = [value for row in state.counters.tolist() for value in row]
     cached, bad = words[cached_at(0) : cached_at(tiers)], words[bad_at(tiers) :]
-    return [begin, end, int(board.ended), *cached, *bad, *counted, *wanted]
+    return [begin, end, int(state.ended), *cached, *bad, *counted, *wanted]

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.model import llama_config, random_llama
-from pyramid_rt.decoding.graphs import CudaRecorder, Graphs, Recorder, Step
-from pyramid_rt.decoding.kernel_steps import KernelRounds, Stage, processed_tiers
-from pyramid_rt.decoding.recursion import Rounds
+from pyramid_rt.decoding.graphs import Callback, CudaRecorder, Graphs, Recorder
+from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, Stage, processed_tiers
+from pyramid_rt.decoding.recursion import RoundRunner
 from pyramid_rt.decoding.rules import Fuzzy, Match, Rejection, Rule
-from pyramid_rt.decoding.state import Plan, State
-from pyramid_rt.decoding.torch_steps import TorchRounds
+from pyramid_rt.decoding.state import RoundPlan, State
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.llama import KVCache, LayerWeights, Llama
@@ -43,7 +43,7 @@ DAMPED = 0.35
 class Again:
     """Stands for a recorder where there are no graphs: warms up as one does, and repeats the work itself."""
 
-    def capture(self, work: Step) -> Step:
+    def capture(self, work: Callback) -> Callback:
         """See `graphs.Recorder`."""
         work()
         return work
@@ -109,7 +109,7 @@ class NativeRound:
         self.new, self.heat, self.max_seq = sizes["new"], sizes["heat"] / 10, PROMPT + sizes["new"] + 64
         self.filters = bool(sizes.get("filters"))
         lengths = (sizes.get("draft", 4), sizes.get("qualify", 10))
-        self.plan = Plan(
+        self.plan = RoundPlan(
             CHAINS[sizes["chain"]], lengths, sizes.get("inner"), False, self.heat > 0, self.filters
         )
         self.layers = (1, max(1, self.shape.layers - 1), self.shape.layers)
@@ -129,11 +129,11 @@ class NativeRound:
 
     def launches(self) -> list[Launch]:
         """Those of one round, for a compiler."""
-        state = State.on_board(self.plan, self.max_seq, self.shape.vocab, self.place.device)
-        rounds = KernelRounds(self.tiers, self.plan, state, self.shape.vocab)
+        state = State.for_kernels(self.plan, self.max_seq, self.shape.vocab, self.place.device)
+        rounds = KernelRoundRunner(self.tiers, self.plan, state, self.shape.vocab)
         return [cast(Launch, launch) for stage in self.stages(rounds) for launch in stage.launches]
 
-    def stages(self, rounds: KernelRounds) -> Sequence[Stage]:
+    def stages(self, rounds: KernelRoundRunner) -> Sequence[Stage]:
         """Of a round over the whole cache."""
         return rounds.stages(self.max_seq + 64)
 
@@ -150,7 +150,7 @@ class NativeRound:
     def decode(self, way: str) -> Decoded:
         """From the prompt to the limit: `torch`, `eager` or `graph`."""
         plan, vocab, device = self.plan, self.shape.vocab, self.place.device
-        allocate = State.allocate if way == "torch" else State.on_board
+        allocate = State.allocate if way == "torch" else State.for_kernels
         state = allocate(plan, self.max_seq, vocab, device)
         window, zero = state.tokens[:PROMPT], torch.zeros((), dtype=torch.int64, device=device)
         window.copy_(self.prompt)
@@ -166,11 +166,11 @@ class NativeRound:
         for tier, cached in zip(self.tiers[:-1], state.cached, strict=False):
             tier.forward(window, zero, None, PROMPT)
             cached.fill_(PROMPT)
-        rounds: Rounds
+        rounds: RoundRunner
         if way == "torch":
-            rounds = TorchRounds(self.tiers, plan, state, vocab)
+            rounds = TorchRoundRunner(self.tiers, plan, state, vocab)
         else:
-            rounds = KernelRounds(self.tiers, plan, state, vocab)
+            rounds = KernelRoundRunner(self.tiers, plan, state, vocab)
         rounds.first_token(torch.tensor([PROMPT - 1], device=device), PROMPT, window, zero)
         step: Callable[[int], None] = rounds.outer_round
         if way == "graph":
@@ -181,10 +181,10 @@ class NativeRound:
         return self._finish(state, rounds, step)
 
     @staticmethod
-    def _repeat(graphs: Graphs, rounds: Rounds, known_end: int) -> None:
+    def _repeat(graphs: Graphs, rounds: RoundRunner, known_end: int) -> None:
         graphs.run("round", known_end, rounds.sections)
 
-    def _finish(self, state: State, rounds: Rounds, step: Callable[[int], None]) -> Decoded:
+    def _finish(self, state: State, rounds: RoundRunner, step: Callable[[int], None]) -> Decoded:
         made, limit = 0, PROMPT + self.new
         while not bool(state.ended) and int(state.end) < limit and made < self.new:
             step(int(state.end))

@@ -6,30 +6,30 @@ import math
 
 import pytest
 import torch
-from helpers.boards import make_board, open_verify, put_rows, random_rows
+from helpers.decode_states import make_decode_state, open_verify, put_rows, random_rows
 from torch import Tensor
 
 from pyramid_rt.kernels.decide import decision
 from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide.decode_state import Board
+from pyramid_rt.kernels.decide.decode_state import DecodeState
 from pyramid_rt.kernels.reference import sampling as ops
 
 
-def verify_board(p: Tensor, q: Tensor, temperature: float = 0.7) -> Board:
+def verify_board(p: Tensor, q: Tensor, temperature: float = 0.7) -> DecodeState:
     """The rows p [m, V] verify the rows q [m, V]; the row after them is p's last again."""
-    board = make_board(p.shape[1], p.shape[0] + 1, temperature=temperature)
-    board.thresholds.fill_(0.25)
-    put_rows(board, 1, torch.cat((p, p[-1:])))
-    put_rows(board, 0, q)
-    open_verify(board, [0] * p.shape[0])
-    return board
+    state = make_decode_state(p.shape[1], p.shape[0] + 1, temperature=temperature)
+    state.thresholds.fill_(0.25)
+    put_rows(state, 1, torch.cat((p, p[-1:])))
+    put_rows(state, 0, q)
+    open_verify(state, [0] * p.shape[0])
+    return state
 
 
-def distances(board: Board, count: int, kind: str, *, processed: bool = False) -> Tensor:
-    decision.plan(board, 1, count + 1, "fuzzy", kind=kind, processed=processed, stored=processed).run()
-    assert board.distance[count:].isnan().all()
-    assert not board.arrivals.any()
-    return board.distance[:count].cpu()
+def distances(state: DecodeState, count: int, kind: str, *, processed: bool = False) -> Tensor:
+    decision.plan(state, 1, count + 1, "fuzzy", kind=kind, processed=processed, stored=processed).run()
+    assert state.distance[count:].isnan().all()
+    assert not state.arrivals.any()
+    return state.distance[:count].cpu()
 
 
 def close(found: Tensor, p_logits: Tensor, q_logits: Tensor, kind: str) -> None:
@@ -51,8 +51,8 @@ def pairs(vocab: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", ops.DIVERGENCES)
 def test_raw_divergences(kind: str) -> None:
     p, q = pairs(101)
-    board = verify_board(p, q)
-    found = distances(board, 5, kind)
+    state = verify_board(p, q)
+    found = distances(state, 5, kind)
     assert found[0] == 0.0
     close(found, p, q, kind)
 
@@ -66,34 +66,34 @@ def test_more_than_one_share(kind: str) -> None:
 def test_a_vocabulary_of_49152() -> None:
     p = random_rows(1, 49152, seed=5)
     q = p + random_rows(1, 49152, seed=6, spread=0.5)
-    board = verify_board(p, q)
-    found = distances(board, 1, "topk_js")
+    state = verify_board(p, q)
+    found = distances(state, 1, "topk_js")
     close(found, p, q, "topk_js")
     # Only what is near the top was listed.
-    assert int(board.amounts[0].sum()) < 200
+    assert int(state.amounts[0].sum()) < 200
 
 
 @pytest.mark.parametrize("kind", ["js", "js_fsd", "kl", "tv", "topk_js", "topk_kl_reversed"])
 @pytest.mark.parametrize("filters", [False, True], ids=["plain", "filtered"])
 def test_processed_divergences(kind: str, filters: bool) -> None:
     p, q = (rows[:3] for rows in pairs(101))
-    board = verify_board(p, q)
+    state = verify_board(p, q)
     if filters:
-        board.top_k.fill_(60)
-        board.top_p.fill_(0.97)
-        open_verify(board, [0] * 3)
+        state.top_k.fill_(60)
+        state.top_p.fill_(0.97)
+        open_verify(state, [0] * 3)
         # As after an inner round: the tier below has its own thresholds.
-        thresholds.plan(board, 1, 4, draw=False, filters=True).run()
+        thresholds.plan(state, 1, 4, draw=False, filters=True).run()
         swapped = verify_board(q, p)
-        swapped.top_k.copy_(board.top_k)
-        swapped.top_p.copy_(board.top_p)
+        swapped.top_k.copy_(state.top_k)
+        swapped.top_p.copy_(state.top_p)
         thresholds.plan(swapped, 1, 4, draw=False, filters=True).run()
         for name in ("normaliser", "cut", "own"):
-            getattr(board, name)[0] = getattr(swapped, name)[1]
+            getattr(state, name)[0] = getattr(swapped, name)[1]
     else:
-        thresholds.plan(board, 1, 4, draw=False, filters=False, below=True).run()
-    found = distances(board, 3, kind, processed=True)
-    cpu = [value.cpu() for value in (board.temperature, board.top_k, board.top_p, board.min_p)]
+        thresholds.plan(state, 1, 4, draw=False, filters=False, below=True).run()
+    found = distances(state, 3, kind, processed=True)
+    cpu = [value.cpu() for value in (state.temperature, state.top_k, state.top_p, state.min_p)]
     assert found[0] == 0.0
     close(found, *(ops.process_logits(rows, *cpu, filters=filters) for rows in (p, q)), kind)
 
@@ -102,9 +102,9 @@ def test_processed_divergences(kind: str, filters: bool) -> None:
 def test_temperature_0_compares_one_hot_rows(kind: str) -> None:
     p, q = random_rows(2, 101, seed=1), random_rows(2, 101, seed=2)
     q[1, p[1].argmax()] = 99.0
-    board = verify_board(p, q, temperature=0.0)
-    thresholds.plan(board, 1, 3, draw=False, filters=False, below=True).run()
-    found = distances(board, 2, kind, processed=True)
+    state = verify_board(p, q, temperature=0.0)
+    thresholds.plan(state, 1, 3, draw=False, filters=False, below=True).run()
+    found = distances(state, 2, kind, processed=True)
     apart = {"js": math.log(2), "topk_js": math.log(2), "tv": 1.0}.get(kind, math.inf)
     assert found.tolist() == [pytest.approx(apart), 0.0]
 

@@ -10,10 +10,10 @@ from helpers.oracle import DEVICE
 
 from pyramid_rt import Fuzzy, Match
 from pyramid_rt.decoding.readback import RoundReader
-from pyramid_rt.decoding.state import Plan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.kernels.decide import readback as report
 
-PLAN = Plan((Fuzzy(0.2), Match()), (3, 5), 2, host_control=False, noisy=True, filters=False)
+PLAN = RoundPlan((Fuzzy(0.2), Match()), (3, 5), 2, host_control=False, sampled=True, filters=False)
 MAX_SEQ = 40
 
 
@@ -33,13 +33,13 @@ def scrambled(state: State, end: int) -> State:
 @pytest.mark.parametrize("ends", [(7, 12, 13), (90, 98, 104)])
 def test_kernel_and_torch_report_the_same(ends: tuple[int, ...]) -> None:
     device = torch.device(DEVICE)
-    boards = scrambled(State.on_board(PLAN, MAX_SEQ, 11, device), ends[0])
+    by_kernels = scrambled(State.for_kernels(PLAN, MAX_SEQ, 11, device), ends[0])
     plain = scrambled(State.allocate(PLAN, MAX_SEQ, 11, device), ends[0])
-    readers = [RoundReader(PLAN, state, 1) for state in (boards, plain)]
+    readers = [RoundReader(PLAN, state, 1) for state in (by_kernels, plain)]
     for reader in readers:
         reader.restart(ends[0] - 2)
     for end in ends:
-        for state in (boards, plain):
+        for state in (by_kernels, plain):
             state.end.fill_(end)
             state.ended.fill_(end % 2 == 1)
         seen = []
@@ -51,9 +51,9 @@ def test_kernel_and_torch_report_the_same(ends: tuple[int, ...]) -> None:
         assert seen[0].end == end
         assert seen[0].ended == (end % 2 == 1)
         begin = ends[0] - 2 if end == ends[0] else ends[ends.index(end) - 1]
-        known = boards.tokens[begin:end].tolist()
+        known = by_kernels.tokens[begin:end].tolist()
         assert seen[0].tokens == known
-        assert seen[0].counters == boards.counters.tolist()
+        assert seen[0].counters == by_kernels.counters.tolist()
 
 
 def test_rounds_are_read_in_their_order_and_dropped_together() -> None:
@@ -82,10 +82,10 @@ def test_rounds_are_read_in_their_order_and_dropped_together() -> None:
     ],
 )
 def test_refuses(argument: str, change: dict[str, Any]) -> None:
-    board = State.on_board(PLAN, MAX_SEQ, 11, torch.device(DEVICE)).board
+    state = State.for_kernels(PLAN, MAX_SEQ, 11, torch.device(DEVICE)).state
     size = 3 + 9 * 3 + 4
     arguments: dict[str, Any] = {
-        "board": board,
+        "state": state,
         "reported": torch.zeros((), dtype=torch.int64, device=DEVICE),
         "numbers": torch.zeros(size, dtype=torch.int64, device=DEVICE),
         "most": 4,
