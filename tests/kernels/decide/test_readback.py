@@ -82,7 +82,7 @@ def test_rounds_are_read_in_their_order_and_dropped_together() -> None:
     ],
 )
 def test_refuses(argument: str, change: dict[str, Any]) -> None:
-    state = State.for_kernels(PLAN, MAX_SEQ, 11, torch.device(DEVICE)).state
+    state = State.for_kernels(PLAN, MAX_SEQ, 11, torch.device(DEVICE)).decode_state
     size = 3 + 9 * 3 + 4
     arguments: dict[str, Any] = {
         "state": state,
