@@ -22,8 +22,8 @@ demo-real: $(VENV)/.dev $(WEIGHTS)/pyramid.json ## fetch SmolLM2-135M-Instruct a
 
 # Resumes where it was stopped; see the model card for what it takes.
 train-demo: $(VENV)/.dev ## train the demo pyramid anew (hours), then find its defaults
-	@$(BIN)/python -m bench.train_demo
-	@$(BIN)/pyramid-rt tune pyramid_rt/demo --prompts bench/demo_prompts.txt
+	@$(BIN)/python -m bench.demo_training
+	@$(BIN)/pyramid-rt tune pyramid_rt/demo --prompts bench/demo_training/prompts.txt
 
 # Threads that spin while they wait make a loaded machine crawl (2 tokens/s instead of 70 were seen).
 test demo-real: export OMP_WAIT_POLICY ?= passive
@@ -38,7 +38,7 @@ lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/mypy
 
 kernels: $(VENV)/.dev ## compile every kernel for ARCHS and hold its machine code to a gate; needs no GPU
-	@$(BIN)/python -m bench.compile_kernels $(addprefix --arch ,$(ARCHS))
+	@$(BIN)/python -m bench.compile_gate $(addprefix --arch ,$(ARCHS))
 
 bench: $(VENV)/.dev ## measure against transformers on this CPU
 	@mkdir -p build

@@ -22,8 +22,8 @@ from rich.table import Table
 import pyramid_rt
 from bench.harness import Timings, environment, take_turns, write_json
 from bench.smollm2 import cases, fetch, load_peer
-from pyramid_rt.cli import DEMO_PROMPTS
-from pyramid_rt.methods import LOSSLESS_METHODS, METHODS
+from pyramid_rt.cli.command import DEMO_PROMPTS
+from pyramid_rt.decoding.methods import LOSSLESS_METHODS, METHODS
 from pyramid_rt.params import Options
 
 Contender = Callable[[Sequence[int]], list[int]]

@@ -1,1 +1,1 @@
-"""One file per op; reference.py holds all of them in plain torch. Kernels know tensors, nothing else."""
+"""Kernels: a forward pass, the decisions of a round, and the same in plain torch. They know tensors, nothing else."""

@@ -86,7 +86,7 @@ _TUNED_SPLITS: tuple[tuple[Op, int, int, int], ...] = (
     ("qkv", 3072, 2048, 2),
 )
 # Measured choices: (op, arch, N, K, dtype) of one matrix product -> its configuration, in place of the rule below.
-# What belongs here is what bench.tune_kernels found faster than the rule on that architecture. An entry with
+# What belongs here is what bench.kernel_tuner found faster than the rule on that architecture. An entry with
 # another block_k or other splits changes the order of additions, so it changes the bits, for every T alike.
 # These were found on an H200: down of the 8B gains 8% at T = 64 from more splits than the rule gives, out of the 3B
 # and qkv of the 1B 10% from fewer, at no cost at T = 1.

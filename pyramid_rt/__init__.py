@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyramid_rt.api import demo_weights, generate, load
+from pyramid_rt.decoding.rules import Fuzzy, Match, Rejection
 from pyramid_rt.errors import (
     BusyError,
     GraphCaptureError,
@@ -16,7 +17,6 @@ from pyramid_rt.errors import (
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import Pyramid
 from pyramid_rt.result import GenerationResult, TokenLogprobs
-from pyramid_rt.rules import Fuzzy, Match, Rejection
 from pyramid_rt.stats import Stats, TierStats
 from pyramid_rt.streaming import AsyncStream, Stream
 

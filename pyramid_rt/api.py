@@ -8,17 +8,17 @@ from typing import Unpack
 
 import torch
 
-from pyramid_rt.directory import PYRAMID_FILE, PyramidDirectory, check_family
+from pyramid_rt.decoding.methods import best_method, rules_of
 from pyramid_rt.errors import InputError
-from pyramid_rt.memory import MemoryPlan, plan_memory
-from pyramid_rt.methods import best_method, rules_of
-from pyramid_rt.model_tier import ModelTier
-from pyramid_rt.models.backend import check_backend
+from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, check_family
+from pyramid_rt.loading.memory import MemoryPlan, plan_memory
+from pyramid_rt.loading.model_tier import ModelTier
+from pyramid_rt.loading.weights import read_config
+from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
-from pyramid_rt.tokenizer import Tokenizer
-from pyramid_rt.weights import read_config
+from pyramid_rt.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_SEQ = 4096

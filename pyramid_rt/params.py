@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from pyramid_rt.decoding.methods import LOSSLESS_RULES, METHODS, RuleOptions
 from pyramid_rt.errors import InputError
-from pyramid_rt.kernels.sampling_reference import DIVERGENCES
-from pyramid_rt.methods import LOSSLESS_RULES, METHODS, RuleOptions
-from pyramid_rt.text import check_stops
+from pyramid_rt.kernels.reference.sampling import DIVERGENCES
+from pyramid_rt.text.detokenizer import check_stops
 
 
 class Options(TypedDict, total=False):

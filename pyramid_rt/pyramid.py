@@ -11,22 +11,21 @@ from typing import Any, Literal, Unpack
 
 import torch
 
-from pyramid_rt.engine import Engine
+from pyramid_rt.decoding.engine import Engine, by_kernels
+from pyramid_rt.decoding.generation import Generation
+from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
+from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
-from pyramid_rt.generation import Generation
-from pyramid_rt.graphs import CudaRecorder, Recorder
-from pyramid_rt.memory import MemoryPlan
-from pyramid_rt.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.loading.memory import MemoryPlan
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
-from pyramid_rt.rounds import by_kernels
-from pyramid_rt.rules import Fuzzy, Rule
-from pyramid_rt.state import Plan
 from pyramid_rt.stats import Timing, summarise
 from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
-from pyramid_rt.text import TextAssembler
-from pyramid_rt.tiers import Tier
-from pyramid_rt.tokenizer import Tokenizer
+from pyramid_rt.text.detokenizer import TextAssembler
+from pyramid_rt.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 GraphKind = Literal["round", "step"]
@@ -41,7 +40,7 @@ class _Request:
     params: SamplingParams
     method: str
     tiers: tuple[Tier, ...]
-    plan: Plan
+    plan: RoundPlan
     prompt: list[int]
     seed: int
 
@@ -100,7 +99,7 @@ class Pyramid:
             raise InputError(f"control must be 'host' or 'device', found {control!r}")
         self.tiers: tuple[Tier, ...] = tuple(tiers)
         self.rules = None if rules is None else tuple(rules)
-        self.tokenizer, self.plan = tokenizer, plan
+        self.tokenizer, self.memory_plan = tokenizer, plan
         self.device = tiers[-1].device
         self.control = control or ("host" if self.device.type == "cpu" else "device")
         self.vocab_size = vocab_size or min(tier.vocab_size for tier in tiers)
@@ -261,7 +260,7 @@ class Pyramid:
         ids = self._encode(prompt)
         return _Request(params, method, tiers, self.make_plan(params, rules), ids, params.with_seed())
 
-    def make_plan(self, params: SamplingParams, rules: Sequence[Rule]) -> Plan:
+    def make_plan(self, params: SamplingParams, rules: Sequence[Rule]) -> RoundPlan:
         """The static shape of a round for these options. Raises InputError, as for a window over 64."""
         return build_plan(params, tuple(rules), host_control=self.control == "host")
 
@@ -301,15 +300,15 @@ class Pyramid:
 
     # Decoding
 
-    def _engine(self, tiers: tuple[Tier, ...], plan: Plan) -> Engine:
+    def _engine(self, tiers: tuple[Tier, ...], plan: RoundPlan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
         rules = tuple(
             replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
         )
         names = tuple(tier.name for tier in tiers)
         if by_kernels(tiers, plan):
-            plan = replace(plan, noisy=True)  # kernels read the temperature, 0 too, on the device
-        key = (names, rules, plan.lengths, plan.inner_rounds, plan.noisy, plan.filters, plan.logprobs)
+            plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
+        key = (names, rules, plan.lengths, plan.inner_rounds, plan.sampled, plan.filters, plan.logprobs)
         if key not in self._kept:
             while len(self._kept) >= _ENGINES_KEPT:
                 self._kept.popitem(last=False)
@@ -436,7 +435,7 @@ class _Run:
         )
 
 
-def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> Plan:
+def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> RoundPlan:
     """The plan of a chain of rules: its lengths, and how many inner rounds make an outer one.
 
     Raises InputError: lengths that do not fit the chain, or a window over 64.
@@ -452,12 +451,12 @@ def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control:
     inner_rounds = params.inner_rounds
     if inner_rounds is None and not host_control and stages > 1:
         inner_rounds = -(-lengths[1] // (lengths[0] + 1))
-    return Plan(
+    return RoundPlan(
         rules=rules,
         lengths=lengths,
         inner_rounds=inner_rounds,
         host_control=host_control,
-        noisy=params.temperature > 0,
+        sampled=params.temperature > 0,
         filters=params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0),
         logprobs=params.logprobs,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyramid_rt.state import COLUMN
+from pyramid_rt.decoding.counters import COLUMN
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -23,9 +23,9 @@ from pyramid_rt import (
     Pyramid,
     Rejection,
     WeightsError,
-    memory,
 )
-from pyramid_rt.model_tier import ModelTier
+from pyramid_rt.loading import memory
+from pyramid_rt.loading.model_tier import ModelTier
 
 PROMPT = "def fibonacci(n):"
 OTHERS = ("sd", "psd")
@@ -237,14 +237,14 @@ def test_out_of_memory_while_loading_gives_the_plan_and_frees_what_was_taken(tin
 
 
 def test_the_memory_plan_is_what_is_taken(tiny):
-    for name, weights, cache, _ in tiny.plan.rows():
+    for name, weights, cache, _ in tiny.memory_plan.rows():
         tier = next(tier for tier in tiny.tiers if tier.name == name)
         rows = (*tier.cache.k, *tier.cache.v, tier.model.rotary)
         assert cache == sum(t.numel() * t.element_size() for t in rows)
         assert weights == sum(t.numel() * t.element_size() for t in _parameters(tier.model))
     tiny.generate(PROMPT, max_new_tokens=1)
     state = next(reversed(tiny._kept.values())).state
-    assert tiny.plan.round_buffers == state.nbytes()
+    assert tiny.memory_plan.round_buffers == state.nbytes()
 
 
 def _parameters(model):

@@ -1,0 +1,1 @@
+"""How the demo pyramid is trained, measured and described."""

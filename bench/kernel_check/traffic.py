@@ -1,0 +1,226 @@
+"""Bytes that each kernel must move, in formulas of a model's shape: the floor that timings are held against.
+
+Every input counts once and every output once, whoever reads it again from a cache; partial sums of split
+products are left out, since the floor is what the op needs and not what a kernel chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyramid_rt.models.shapes import SHAPES, Shape
+
+# The ops of one layer, in their order; embed comes before the layers and head after them.
+LAYER_OPS = ("qkv", "attention", "out", "gate_up", "down")
+STEP_OPS = ("embed", *LAYER_OPS, "head")
+# Rows of a tile of the head, which leaves four numbers per row and tile.
+HEAD_TILE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes read and written by one launch; `stationary` of the read ones are weights or cache rows."""
+
+    read: int
+    written: int
+    stationary: int
+
+    @property
+    def total(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+
+def shape_named(name: str) -> Shape:
+    """One of the three Llamas.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for shape in SHAPES:
+        if shape.name == name:
+            return shape
+    raise ValueError(f"shape is {name!r}, expected one of {', '.join(s.name for s in SHAPES)}")
+
+
+def matrix(op: str, shape: Shape) -> tuple[int, int]:
+    """Rows and columns of the weight matrix of qkv, out, gate_up, down or head."""
+    queries = shape.heads * shape.head_dim
+    return {
+        "qkv": (queries + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        "out": (shape.hidden, queries),
+        "gate_up": (2 * shape.intermediate, shape.hidden),
+        "down": (shape.hidden, shape.intermediate),
+        "head": (shape.vocab, shape.hidden),
+    }[op]
+
+
+def _sums(shape: Shape, length: int) -> int:
+    return 4 * length * -(-shape.hidden // 64)
+
+
+def _embed(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    rows = length * shape.hidden * size
+    return Traffic(rows + 8 * length, rows + _sums(shape, length), rows)
+
+
+def _qkv(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    rows, width = matrix("qkv", shape)
+    weights = rows * width * size
+    small = (length * width + width + length * shape.head_dim) * size + _sums(shape, length)
+    return Traffic(weights + small, length * rows * size, weights)
+
+
+def _attention(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    cache = 2 * shape.kv_heads * (context + length) * shape.head_dim * size
+    queries = length * shape.heads * shape.head_dim * size
+    return Traffic(cache + queries, queries, cache)
+
+
+def _project(op: str) -> Callable[[Shape, int, int, int], Traffic]:
+    def count(shape: Shape, length: int, context: int, size: int) -> Traffic:
+        rows, width = matrix(op, shape)
+        weights = rows * width * size
+        return Traffic(
+            weights + length * (width + rows) * size, length * rows * size + _sums(shape, length), weights
+        )
+
+    return count
+
+
+def _gate_up(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    rows, width = matrix("gate_up", shape)
+    weights = rows * width * size
+    read = weights + (length * width + width) * size + _sums(shape, length)
+    return Traffic(read, length * shape.intermediate * size, weights)
+
+
+def _head(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    rows, width = matrix("head", shape)
+    weights = rows * width * size
+    read = weights + (length * width + width) * size + _sums(shape, length)
+    return Traffic(read, 4 * length * rows + 16 * length * -(-rows // HEAD_TILE), weights)
+
+
+def _compact(shape: Shape, length: int, context: int, size: int) -> Traffic:
+    moved = shape.layers * 2 * shape.kv_heads * length * shape.head_dim * size
+    return Traffic(moved, moved, moved)
+
+
+_COUNTS: dict[str, Callable[[Shape, int, int, int], Traffic]] = {
+    "embed": _embed,
+    "qkv": _qkv,
+    "attention": _attention,
+    "out": _project("out"),
+    "gate_up": _gate_up,
+    "down": _project("down"),
+    "head": _head,
+    "compact": _compact,
+}
+
+
+# Words of a control block of two tiers, and of what a verify counts.
+_WORDS, _COUNTED = 10, 14
+
+
+def _decision(op: str) -> Callable[[Shape, int, int, int], Traffic]:
+    """Of T positions and T - 1 proposed tokens; all logits are float32 and all counts int64."""
+
+    def count(shape: Shape, length: int, context: int, size: int) -> Traffic:
+        rows = max(2, length)
+        tiles = -(-shape.vocab // HEAD_TILE)
+        both = 2 * rows - 1
+        # Winners of the tiles and their tokens, peaks and sums.
+        own, sums = 4 * tiles + 4, 8 * tiles
+        state = 8 * (_WORDS + _COUNTED + 2)
+        if op in ("sample", "report"):
+            read = own + sums if op == "sample" else 8 * 20
+            written = state if op == "sample" else 8 * 20 + state
+            return Traffic(read + state, written, read)
+        stationary = {
+            "match": rows * (own + sums),
+            "decide": both * 4 * shape.vocab + both * sums + rows * own,
+            "filtered": rows * (4 * shape.vocab + own + sums),
+            "reject": both * (4 * shape.vocab + own + sums),
+        }[op]
+        # Own token and flaw of each row; with processed distributions its normaliser and cut too.
+        results = {"match": 12 * rows, "decide": 16 * rows, "filtered": 20 * rows, "reject": 20 * both}[op]
+        return Traffic(stationary + 8 * rows + state, results + state, stationary)
+
+    return count
+
+
+DECISION_OPS = ("decide", "match", "filtered", "reject", "sample", "report")
+_COUNTS |= {op: _decision(op) for op in DECISION_OPS}
+
+
+def traffic(op: str, shape: Shape, *, length: int, context: int = 0, itemsize: int = 2) -> Traffic:
+    """What one launch must read and write.
+
+    Args:
+        op: one of `STEP_OPS`, or compact for a whole tier of which `length` rows move, or one of `DECISION_OPS`.
+        length: T.
+        context: cache rows before the window; attention reads context + T of them.
+        itemsize: bytes of an element of weights, cache and activations.
+    """
+    return _COUNTS[op](shape, length, context, itemsize)
+
+
+def step_traffic(shape: Shape, *, length: int, context: int, itemsize: int = 2) -> int:
+    """Bytes of a whole forward step with logits of every row."""
+    total = 0
+    for op in STEP_OPS:
+        times = shape.layers if op in LAYER_OPS else 1
+        total += times * traffic(op, shape, length=length, context=context, itemsize=itemsize).total
+    return total
+
+
+def copies_for(stationary: int, l2_bytes: int) -> int:
+    """How many sets of weights to rotate, so that one comes around after more than three times the L2."""
+    return max(2, 3 * l2_bytes // max(stationary, 1) + 1)
+
+
+def launches_for(total: int, copies: int) -> int:
+    """Launches of one graph: about a millisecond of traffic or more, at most 256, every copy as often."""
+    wanted = min(256, max(1, 4_000_000_000 // max(total, 16_000_000)))
+    return copies * max(1, -(-wanted // copies))
+
+
+def decision_markdown(lengths: tuple[int, ...] = (8, 41)) -> str:
+    """The table of docs/kernels.md for decisions over the Llamas' vocabulary: KB read and written."""
+    lines = [
+        "| op | " + " | ".join(f"{n} positions" for n in lengths) + " |",
+        "|---" * (1 + len(lengths)) + "|",
+    ]
+    for op in DECISION_OPS:
+        found = [traffic(op, SHAPES[0], length=length) for length in lengths]
+        cells = [f"{each.read / 1e3:.1f} + {each.written / 1e3:.1f}" for each in found]
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def markdown(lengths: tuple[int, ...] = (1, 16, 64), context: int = 1024) -> str:
+    """The table of docs/kernels.md: MB read and written per launch, bfloat16."""
+    head = "| op | " + " | ".join(f"{s.name} T={n}" for s in SHAPES for n in lengths) + " |"
+    lines = [head, "|---" * (1 + len(SHAPES) * len(lengths)) + "|"]
+    for op in STEP_OPS:
+        cells = []
+        for shape in SHAPES:
+            for length in lengths:
+                found = traffic(op, shape, length=length, context=context)
+                cells.append(f"{found.read / 1e6:.2f} + {found.written / 1e6:.2f}")
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    steps = [
+        f"{step_traffic(shape, length=length, context=context) / 1e6:.0f}"
+        for shape in SHAPES
+        for length in lengths
+    ]
+    lines.append("| whole step | " + " | ".join(steps) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
+    print()
+    print(decision_markdown())

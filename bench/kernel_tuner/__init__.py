@@ -1,0 +1,1 @@
+"""The search for faster launch configurations on this machine's GPU."""

@@ -1,0 +1,1 @@
+"""The kernels of a forward pass, one file an op."""

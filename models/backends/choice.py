@@ -1,0 +1,80 @@
+"""Which backend a tier runs on, chosen once and explicitly at load; there is no silent fallback."""
+
+from __future__ import annotations
+
+import torch
+
+from pyramid_rt.errors import InputError
+from pyramid_rt.models.backends.base import Backend
+from pyramid_rt.models.backends.torch import TorchBackend, worth_packing
+from pyramid_rt.models.config import LlamaConfig
+
+BACKENDS = ("torch", "triton")
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that is unknown or cannot run on a device; there is no silent fallback.
+
+    Raises:
+        InputError: names the backend, the device and what would do.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name == "torch":
+        return
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise InputError(f"backend 'triton' needs the package triton: {error}") from error
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise InputError(
+            f"backend 'triton' runs on CUDA devices, found {str(device)!r}; on a CPU use backend='torch' "
+            "(or, for tests, Triton's interpreter: TRITON_INTERPRET=1 before anything is imported)"
+        )
+
+
+def make_backend(
+    name: str,
+    config: LlamaConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    max_seq: int,
+) -> Backend:
+    """The backend of one tier, chosen once at load, with whatever buffers it needs.
+
+    Args:
+        name: `torch` or `triton`.
+        config: the tier's shape.
+        device: where the tier lives.
+        dtype: its weights' type.
+        max_seq: positions of its cache, slack excluded.
+
+    Raises:
+        InputError: as `check_backend`.
+        UnsupportedModelError: a shape that the kernels do not take.
+    """
+    check_backend(name, device)
+    if name == "triton":
+        # Only here: importing Triton takes longer than loading a small model.
+        from pyramid_rt.models.backends.triton import TritonBackend
+
+        return TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
+    return TorchBackend()
+
+
+def workspace_bytes(
+    name: str, config: LlamaConfig, max_seq: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that a tier takes besides its weights and cache; takes none. Errors as `make_backend`.
+
+    With `triton` they are its buffers; with `torch` the packed copy of an embedding that serves as the head too.
+    """
+    check_backend(name, device)
+    if name == "torch":
+        rows, columns = config.vocab_size, config.hidden_size
+        copied = config.tie_word_embeddings and worth_packing(rows, columns, device, dtype)
+        return rows * columns * dtype.itemsize if copied else 0
+    from pyramid_rt.models.backends.triton import buffer_bytes
+
+    return buffer_bytes(config, max_seq, dtype, device)

@@ -1,0 +1,111 @@
+"""The `torch` backend: every op of a forward pass is its reference in plain torch, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyramid_rt.kernels.reference import forward as reference
+
+# A matrix of this many bytes or more is packed where that can be; a product with a smaller one takes less time than
+# the longer call. The figure is fixed, not measured at load, so that two runs, or two machines, take the same path.
+PACKED_BYTES = 2**19
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Where the rows of one forward pass stand; made once per pass, read by every layer.
+
+    Attributes:
+        positions: [T] int64, absolute positions start .. start + T - 1.
+        cos, sin: [T, 1, D] dtype, their rows of the rotary table.
+        mask: [T * G, kv_bound] dtype, 0 where a row sees a cache row and -inf elsewhere.
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBackend:
+    """The reference ops, on any device."""
+
+    @property
+    def name(self) -> str:
+        """`torch`."""
+        return "torch"
+
+    @property
+    def longest_window(self) -> int | None:
+        """See `Backend`."""
+        return None
+
+    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Window:
+        """See `Backend`."""
+        positions = torch.arange(length, device=start.device).add_(start)
+        mask = reference.causal_mask(positions, kv_bound, group, rotary.dtype)
+        cos, sin = rotary.index_select(0, positions).chunk(2, 1)
+        return Window(positions, cos, sin, mask)
+
+    def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Window) -> Tensor:
+        """See `Backend`."""
+        return reference.embedding(table, tokens)
+
+    def qkv(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        window: Window,
+    ) -> Tensor:
+        """See `Backend`."""
+        kv_heads, _, head_dim = k_cache.shape
+        normed = reference.rms_norm(x, norm, eps)
+        joint = reference.linear(normed, weight, bias).view(x.shape[0], -1, head_dim)
+        heads = joint.shape[1] - 2 * kv_heads
+        qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
+        q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
+        reference.write_cache(k_cache, k, window.positions)
+        reference.write_cache(v_cache, v, window.positions)
+        return q
+
+    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
+        """See `Backend`."""
+        return reference.attention(q, k_cache, v_cache, window.mask)
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm: Tensor,
+        window: Window,
+    ) -> Tensor:
+        """See `Backend`."""
+        return reference.linear(x, weight, bias).add_(residual)
+
+    def gate_up(
+        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Window
+    ) -> Tensor:
+        """See `Backend`."""
+        normed = reference.rms_norm(x, norm, eps)
+        return reference.silu_mul(reference.linear(normed, weight, bias))
+
+    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+        """See `Backend`."""
+        normed = reference.rms_norm(x.index_select(0, rows), norm, eps)
+        return reference.lm_head(normed, weight)
+
+
+def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the `torch` backend computes with a packed copy of such a matrix (`reference.pack`)."""
+    return rows * columns * dtype.itemsize >= PACKED_BYTES and reference.can_pack(device, dtype)

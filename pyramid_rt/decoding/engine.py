@@ -1,0 +1,213 @@
+"""Runs the outer rounds of one plan, on buffers taken once: eager or captured, and what the host learns of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from pyramid_rt.decoding.graphs import Capture, Graphs, Recorder
+from pyramid_rt.decoding.readback import RoundReader, Snapshot
+from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer
+from pyramid_rt.decoding.state import RoundPlan, State
+from pyramid_rt.decoding.tiers import DeviceTier, Tier
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
+from pyramid_rt.models.llama import SLACK_ROWS
+
+PREFILL_CHUNK = 512
+
+
+class WindowRoundRunner(RoundRunner, Protocol):
+    """A runner that processes a prompt by lists of launches too, which always take 64 tokens."""
+
+    def place(self, start: Tensor | int) -> None:
+        """Where the next `fill` or `first` begins."""
+        ...
+
+    def fill(self, level: int) -> None:
+        """The 64 tokens from `place` on into a tier's cache."""
+        ...
+
+    def first(self) -> None:
+        """`first_token` of the window that begins at `place` and ends with the prompt, up to 64 tokens."""
+        ...
+
+
+def by_kernels(tiers: Sequence[Tier], plan: RoundPlan) -> bool:
+    """Whether rounds of these tiers run from a list of launches: under device control, where every tier can."""
+    return not plan.host_control and all(getattr(tier, "device_rounds", False) for tier in tiers)
+
+
+def rounds_for(
+    tiers: Sequence[Tier], plan: RoundPlan, state: State, vocab_size: int, clock: TierTimer | None = None
+) -> RoundRunner:
+    """Rounds of `tiers` (small to large) by `plan` on `state`; by kernels iff the state was made for them.
+
+    Then every tier must be a `DeviceTier`.
+    """
+    if state.decode_state is None:
+        return TorchRoundRunner(tiers, plan, state, vocab_size, clock)
+    # Triton, which the kernels need, is not everywhere.
+    from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
+
+    return KernelRoundRunner(cast(Sequence[DeviceTier], tiers), plan, state, vocab_size, clock)
+
+
+class Engine:
+    """Kept between calls; a call overwrites everything of the request in `state`.
+
+    Args:
+        tiers: those of the method, small to large.
+        plan: the static shape of a round.
+        vocab_size: columns of the logits that are decoded over.
+        max_seq: positions of the caches, slack excluded.
+        device: of the buffers.
+        recorder: captures rounds; None runs them eagerly.
+        stepwise: capture the steps of a round separately.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        plan: RoundPlan,
+        vocab_size: int,
+        max_seq: int,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        *,
+        stepwise: bool = False,
+    ) -> None:
+        self.tiers, self.plan = tuple(tiers), plan
+        make = State.for_kernels if by_kernels(tiers, plan) else State.allocate
+        self.state = make(plan, max_seq, vocab_size, device)
+        # Under device control the next round starts before the last one is read. Log-probabilities are read
+        # from rows that the next round overwrites.
+        self.ahead = 0 if plan.host_control or plan.logprobs is not None else 1
+        self._rounds = rounds_for(tiers, plan, self.state, vocab_size)
+        self._reader = RoundReader(plan, self.state, self.ahead)
+        self._graphs: Graphs | None = None
+        if recorder is not None:
+            names = tuple(tier.name for tier in tiers)
+            others = [self._reader.reported]
+            self._graphs = Graphs(
+                self._rounds, self.state, others, plan, max_seq, names, recorder, stepwise=stepwise
+            )
+        self._clock: TierTimer | None = None
+        self._context = max_seq
+        # What the prompt is processed by: lists of launches on windows of one width, or the tiers' own way.
+        self._fillers = cast(WindowRoundRunner, self._rounds) if self.state.decode_state is not None else None
+
+    @property
+    def unread(self) -> int:
+        """Rounds that were launched and not read."""
+        return self._reader.posted
+
+    @property
+    def timed(self) -> bool:
+        """Whether the time of each tier shows: not where a whole round is one graph."""
+        return self._graphs is None or self._graphs.stepwise
+
+    @property
+    def chunk(self) -> int:
+        """Most tokens of the prompt that are processed at a time."""
+        return PREFILL_CHUNK if self._fillers is None else SLACK_ROWS
+
+    def launches(self) -> int | None:
+        """Kernel launches of an outer round; None where torch decides how many."""
+        count = self._rounds.launches()
+        return None if count is None else count + 1  # and the report
+
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Capture what will be needed, for every length of text; how many graphs were new.
+
+        Args:
+            progress: called with (works that are captured, works in all), before the first and after each.
+        """
+        if self._graphs is None:
+            return 0
+        horizons = self._graphs.horizons()
+        works: list[tuple[str, int, Capture]] = [("round", rows, self._round) for rows in horizons]
+        if self._fillers is not None:
+            fills = [(f"fill {level}", horizons[-1], self._fill(level)) for level in range(self.plan.tiers)]
+            works += [*fills, ("first token", horizons[-1], self._first)]
+        count = 0
+        for done, (name, rows, work) in enumerate(works):
+            if progress is not None:
+                progress(done, len(works))
+            count += self._graphs.prepare(name, rows, work)
+        if progress is not None:
+            progress(len(works), len(works))
+        return count
+
+    def restart(self, end: int, clock: TierTimer) -> None:
+        """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
+        self._clock = clock
+        self._reader.restart(end)
+        self._rounds.restart(clock)
+
+    def fill(self, level: int, begin: int, end: int) -> None:
+        """Positions begin .. end - 1 of the prompt, up to `chunk`, into a tier's cache."""
+        if self._fillers is not None:
+            self._fillers.place(begin)
+            self._call(f"fill {level}", self._context, self._fill(level))
+            return
+        start = torch.full((), begin, device=self.state.tokens.device)
+        self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
+
+    def first_token(self, begin: int, end: int) -> None:
+        """The same with the prompt's last tokens, up to `chunk`, in the target, which commits the token after."""
+        if self._fillers is not None:
+            self._fillers.place(begin)
+            self._call("first token", self._context, self._first)
+        else:
+            window = self.state.tokens[begin:end]
+            row = torch.full((1,), end - 1 - begin, device=window.device)
+            start = torch.full((), begin, device=window.device)
+            self._rounds.first_token(row, end, window, start)
+            self._reader.gather()
+        self._reader.post()
+
+    def launch(self, known_end: int) -> None:
+        """One outer round; waits for nothing. `known_end` is an upper bound of `state.end`."""
+        self.run(known_end)
+        self._reader.post()
+
+    def run(self, known_end: int) -> None:
+        """`launch` of a round that nobody will read."""
+        if self._graphs is not None:
+            self._call("round", known_end, self._round)
+        else:  # which may be under host control, where rounds have no fixed sections
+            self._rounds.outer_round(known_end)
+            self._reader.gather()
+
+    def read(self) -> Snapshot:
+        """The oldest round that was not read; waits for it."""
+        return self._reader.take()
+
+    def _call(self, name: str, known_end: int, work: Capture) -> None:
+        """Some work on the device, captured where there are graphs."""
+        if self._graphs is not None:
+            self._graphs.run(name, known_end, work, self._clock)
+        else:
+            for section in work(known_end):
+                section.run()
+
+    def _fill(self, level: int) -> Capture:
+        fillers, name = self._fillers, f"fill of {self.tiers[level].name!r}"
+        assert fillers is not None
+        return lambda known_end: [Segment(name, level, lambda: fillers.fill(level))]
+
+    def _first(self, known_end: int) -> Sequence[Segment]:
+        assert self._fillers is not None
+        last = self.plan.tiers - 1
+        name = f"first token of {self.tiers[last].name!r}"
+        return [Segment(name, last, self._fillers.first), self._report]
+
+    def _round(self, known_end: int) -> Sequence[Segment]:
+        return [*self._rounds.sections(known_end), self._report]
+
+    @property
+    def _report(self) -> Segment:
+        return Segment("report", None, self._reader.gather)

@@ -1,0 +1,1 @@
+"""The search for a pyramid's defaults: recorded answers, replayed rounds, measured candidates."""

@@ -1,0 +1,474 @@
+"""The search behind ``tune``: measure, predict every setting, really run the best few, choose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from pyramid_rt.decoding.methods import TIERS_NEEDED, tiers_of
+from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.errors import InputError
+from pyramid_rt.loading.defaults import NOTHING_TO_TUNE
+from pyramid_rt.params import SamplingParams
+from pyramid_rt.pyramid import CHAIN
+from pyramid_rt.tuning.candidates import DEPENDS_ON, finalists, settings, widest
+from pyramid_rt.tuning.compare import BASELINE, WARM_UP_TOKENS
+from pyramid_rt.tuning.measuring import Now, Probe, calibrated, device_clock, record, time_passes
+from pyramid_rt.tuning.replay import Costs, Prediction, Setting, Trace, predict, replay
+
+if TYPE_CHECKING:
+    from pyramid_rt.pyramid import Pyramid
+
+# A pyramid keeps the buffers and captured graphs of so many plans; where more take turns, each has to be made anew
+# before it is timed.
+PLANS_KEPT = 4
+PROBE_PROMPTS = 3
+SEARCH_TOKENS = 500
+LEAST_TOKENS = 16
+SPARE = 1.1  # for what the model may be wrong by when it says how long the finalists will take
+LOSSY_GAIN = 1.05
+# The share of the budget that one text of the target may take; texts are shortened to that.
+ONE_TEXT_SHARE = 0.1
+# Shares of the budget after which a stage begins nothing further.
+TEXT_SHARE, PASSES_SHARE, PROBE_SHARE = 0.25, 0.35, 0.45
+# Options of `generate` that are the same for all settings.
+UNIT = ("divergence", "divergence_on")  # what a threshold belongs to
+COMMON = (*UNIT, "lossless_rule", "temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What to search, and for how long.
+
+    Attributes:
+        max_new_tokens: length of each output, >= 2; an end-of-sequence ends it earlier.
+        repeats: how often the finalists are measured, >= 1.
+        budget: seconds for everything, > 0. Texts are shortened, prompts, finalists and repeats left out to keep
+            to it; what is then left is measured once, even if that takes longer.
+        common: those of `COMMON` that are not to be the pyramid's defaults.
+        lossy: consider `fsd`, `psd_a` and `psd_f` too.
+        max_differs: for lossy methods, the largest share of tokens that are not the target's own, in 0..1.
+    """
+
+    max_new_tokens: int = 96
+    repeats: int = 3
+    budget: float = 120.0
+    common: Mapping[str, Any] = field(default_factory=dict)
+    lossy: bool = False
+    max_differs: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check("max_new_tokens", self.max_new_tokens, ">= 2", self.max_new_tokens >= 2)
+        _check("repeats", self.repeats, ">= 1", self.repeats >= 1)
+        _check("budget", self.budget, "> 0 and finite", 0 < self.budget < math.inf)
+        _check("max_differs", self.max_differs, "in 0..1", 0 <= self.max_differs <= 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finalist: what the model said of it and what it did.
+
+    Attributes:
+        prediction: with the setting.
+        tokens_per_second: new tokens over seconds, prompts included; the median over the repeats.
+        ratio: the median over the repeats of its tokens per second over the baseline's of that repeat.
+        tokens_per_target_forward: over all prompts, without the tokens that prefill gave.
+        acceptance: accepted over proposed, by name of proposing tier; None where nothing was proposed.
+        differs: share of tokens that are not the target's own; None for a lossless method.
+        unequal: prompts whose tokens are not those of the baseline; None where they need not be.
+        current: it is what the pyramid's defaults say now.
+    """
+
+    prediction: Prediction
+    tokens_per_second: float
+    ratio: float
+    tokens_per_target_forward: float | None
+    acceptance: dict[str, float | None]
+    differs: float | None
+    unequal: int | None
+    current: bool
+
+    @property
+    def setting(self) -> Setting:
+        return self.prediction.setting
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The outcome.
+
+    Attributes:
+        options: what was asked for.
+        common: options of `generate` that all settings shared, the defaults included.
+        tiers: their names, small to large.
+        costs, traces: what was measured; traces by prompt that was used.
+        considered: every setting the model looked at, on the first traces, fastest first.
+        rows: those that were run, `ar` first.
+        length: most tokens of each output, fewer than asked for where the budget is small.
+        prompts: how many prompts the rows were measured on, of `prompts_given`; after `prompts_silent` of those the
+            target ended its text at once.
+        repeats: how often.
+        chosen: the fastest row that is allowed.
+    """
+
+    options: TuneOptions
+    common: Mapping[str, Any]
+    tiers: tuple[str, ...]
+    costs: Costs
+    traces: tuple[Trace, ...]
+    considered: tuple[Prediction, ...]
+    rows: tuple[Row, ...]
+    length: int
+    prompts: int
+    prompts_given: int
+    prompts_silent: int
+    repeats: int
+    chosen: Row
+
+    def defaults(self) -> dict[str, Any]:
+        """What `pyramid.json` should say; a threshold comes with the divergence it belongs to."""
+        wanted = self.chosen.setting.options()
+        if any(name.endswith("threshold") for name in wanted):
+            wanted |= {name: self.common[name] for name in UNIT}
+        return wanted
+
+
+def tune(
+    pyramid: Pyramid,
+    prompts: Sequence[Sequence[int]],
+    options: TuneOptions,
+    *,
+    clock: Now | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Find the fastest setting for a pyramid on prompts.
+
+    Args:
+        pyramid: with two tiers or more. Nobody else may use it meanwhile.
+        prompts: token ids of each; at least one, all of them shorter than the context.
+        options: what to search.
+        clock: seconds; by default the host's, after the device has finished.
+        on_step: called with what is being done.
+
+    Raises:
+        InputError: the pyramid has one tier, there is no prompt, or the target ends every text at once.
+    """
+    if len(pyramid.tiers) < 2:
+        raise InputError(NOTHING_TO_TUNE)
+    if not prompts:
+        raise InputError("prompts: expected at least one, found none")
+    kept, pyramid.prefix_reuse = pyramid.prefix_reuse, False
+    try:
+        session = _Session(
+            pyramid, options, clock or device_clock(pyramid.device), on_step or (lambda _: None)
+        )
+        return session.run(prompts)
+    finally:
+        pyramid.prefix_reuse = kept
+
+
+class _Session:
+    """One search: the pyramid, the clock, and what was found so far."""
+
+    def __init__(
+        self, pyramid: Pyramid, options: TuneOptions, clock: Now, on_step: Callable[[str], None]
+    ) -> None:
+        self.pyramid, self.options, self.clock, self.on_step = pyramid, options, clock, on_step
+        params = SamplingParams.build(options.common, pyramid.defaults)
+        self.common = {name: getattr(params, name) for name in COMMON}
+        self.length, self.silent = options.max_new_tokens, 0
+        self.begin = clock()
+
+    def run(self, given: Sequence[Sequence[int]]) -> Tuning:
+        """The whole search."""
+        self.on_step("the target's own text")
+        texts = self._texts(given)
+        if not texts:
+            raise InputError("prompts: the target ends every text within two tokens; nothing can be measured")
+        self.prompts = [list(given[text.prompt]) for text in texts]
+        self.on_step("what the tiers say")
+        recorded = [
+            record(self.pyramid, prompt, text.tokens, self._params(seed), self.clock)
+            for seed, (prompt, text) in enumerate(zip(self.prompts, texts, strict=True))
+        ]
+        self.traces = tuple(trace for trace, _ in recorded)
+        self.on_step("seconds of forward passes")
+        curves = time_passes(
+            self.pyramid,
+            [*self.prompts[-1], *texts[-1].tokens],
+            widest(len(self.pyramid.tiers)),
+            self.clock,
+            self.begin + PASSES_SHARE * self.options.budget,
+        )
+        self.costs = Costs(curves, tuple(zip(*(seconds for _, seconds in recorded), strict=True)))
+        self.costs = calibrated(self.costs, self._probes())
+        self.on_step("the model")
+        shown = self._some_traces()
+        considered = [self._predict(s, shown) for s in settings(self.traces, self.options.lossy)]
+        considered.sort(key=lambda prediction: -prediction.tokens_per_second)
+        current = self._current()
+        now = None if current is None else self._predict(current, shown)
+        chosen = finalists(considered, now, self.options.max_differs)
+        race = self._race([self._predict(one.setting, self.traces) for one in chosen])
+        rows = tuple(self._row(prediction, race, current) for prediction in race.contenders)
+        return Tuning(
+            options=self.options,
+            common=self.common,
+            tiers=tuple(tier.name for tier in self.pyramid.tiers),
+            costs=self.costs,
+            traces=self.traces,
+            considered=tuple(considered),
+            rows=rows,
+            length=self.length,
+            prompts=len(race.repeats[0]),
+            prompts_given=len(given),
+            prompts_silent=self.silent,
+            repeats=len(race.repeats),
+            chosen=choose(rows, self.options.max_differs),
+        )
+
+    # Running the pyramid
+
+    def _params(self, seed: int) -> SamplingParams:
+        return SamplingParams.build({**self.common, "seed": seed})
+
+    def _run(self, prompt: Sequence[int], setting: Setting, seed: int, tokens: int | None = None) -> _Run:
+        begin = self.clock()
+        result = self.pyramid.generate(
+            list(prompt),
+            **{**self.common, **setting.options()},
+            max_new_tokens=min(tokens or self.length, self.length),
+            inner_rounds=None,
+            seed=seed,
+            ignore_eos=tokens is not None,  # what warms up need not make sense
+        )
+        return _Run(result.tokens, self.clock() - begin, result.stats.to_dict())
+
+    def _late(self, share: float, spare: float = 0.0) -> bool:
+        return self.clock() - self.begin + spare > share * self.options.budget
+
+    def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
+        """What the target writes after as many prompts as the time allows."""
+        baseline = Setting(BASELINE)
+        for (
+            setting
+        ) in self._probed():  # no clock may see a tier's first pass, which compiles and fills caches
+            self._run(given[0], setting, 0, WARM_UP_TOKENS)
+        short = self._run(given[0], baseline, 0, WARM_UP_TOKENS)
+        affordable = ONE_TEXT_SHARE * self.options.budget * len(short.tokens) / short.seconds
+        self.length = min(self.length, max(LEAST_TOKENS, int(affordable)))
+        texts: list[_Text] = []
+        for index, prompt in enumerate(given):
+            if texts and self._late(TEXT_SHARE):
+                break
+            run = self._run(prompt, baseline, len(texts))
+            if len(run.tokens) > 1:
+                texts.append(_Text(index, run.tokens))
+            else:
+                self.silent += 1
+        return texts
+
+    def _probed(self) -> list[Setting]:
+        """A few settings that run every tier and, between them, every rule that the search is about."""
+        settings = [Setting(BASELINE), Setting("sd", 2), Setting("sd", 6)]
+        if len(self.pyramid.tiers) > 2:
+            settings.append(Setting("psd", 3, 4, 0.0))
+        elif self.options.lossy:
+            settings.append(Setting("fsd", 4, target_threshold=0.0))
+        return settings
+
+    def _probes(self) -> list[Probe]:
+        """Timed generations of these, taking turns, from which the costs are calibrated."""
+        settings = self._probed()
+        turns: list[list[_Run]] = []
+        for seed, prompt in enumerate(self.prompts[:PROBE_PROMPTS]):
+            if turns and self._late(PROBE_SHARE):
+                break
+            turns.append([self._run(prompt, setting, seed) for setting in settings])
+        runs = zip(*turns, strict=True)
+        return [self._probe(setting, mine) for setting, mine in zip(settings, runs, strict=True)]
+
+    def _probe(self, setting: Setting, runs: Sequence[_Run]) -> Probe:
+        """What running a setting on the first prompts says about the costs."""
+        plan, levels = self._chain(setting)
+        done = [replay(trace, plan, levels) for trace in self.traces[: len(runs)]]
+        passes = [sum((one.passes[place] for one in done), Counter()) for place in range(len(levels))]
+        replayed = [tier.total() for tier in passes]
+        counted = replayed
+        if plan.host_control:  # else the statistics leave out passes that were made and not needed
+            counted = [
+                sum(run.stats["tiers"][place]["forwards"] for run in runs) for place in range(len(levels))
+            ]
+        priced = zip(self.costs.forwards(passes, levels), counted, replayed, strict=True)
+        prefill = sum(self.costs.prefill[level][index] for level in levels for index in range(len(runs)))
+        return Probe(
+            plan=plan,
+            levels=levels,
+            seconds=sum(run.seconds for run in runs) - prefill,
+            forwards=_seconds_of_tiers(runs),
+            priced=tuple(price * count / total for price, count, total in priced),
+            passes=tuple(counted),
+        )
+
+    # The model
+
+    def _chain(self, setting: Setting) -> tuple[RoundPlan, tuple[int, ...]]:
+        plan = setting.plan(self.common, host_control=self.pyramid.control == "host")
+        return plan, tiers_of(setting.method, len(self.pyramid.tiers))
+
+    def _predict(self, setting: Setting, traces: Sequence[Trace]) -> Prediction:
+        return predict(setting, traces, self.costs, *self._chain(setting))
+
+    def _some_traces(self) -> tuple[Trace, ...]:
+        """The first traces, of `SEARCH_TOKENS` or a little more: thousands of settings are replayed on them."""
+        lengths = accumulate(trace.length for trace in self.traces)
+        enough = next((count for count, length in enumerate(lengths, 1) if length >= SEARCH_TOKENS), None)
+        return self.traces[:enough]
+
+    def _current(self) -> Setting | None:
+        """What a call without options runs now, where the search can say it and may choose it."""
+        method, defaults = self.pyramid.default_method, self.pyramid.defaults
+        if method == CHAIN or ("inner_rounds" in defaults and TIERS_NEEDED[method] > 2):
+            return None
+        params = SamplingParams.build({}, defaults)
+        setting = Setting(method, **{name: getattr(params, name) for name in DEPENDS_ON[method]})
+        fuzzy = setting.qualifier_threshold is not None or setting.target_threshold is not None
+        if fuzzy and any(getattr(params, name) != self.common[name] for name in UNIT):
+            return None  # its thresholds belong to another divergence
+        return setting if setting.lossless or self.options.lossy else None
+
+    # Side by side
+
+    def _race(self, contenders: Sequence[Prediction]) -> _Race:
+        """Run the contenders on every prompt, taking turns, as often as asked for and the time allows."""
+        contenders = self._affordable(contenders)
+        for contender in contenders:
+            self._run(self.prompts[0], contender.setting, 0, WARM_UP_TOKENS)
+        race = _Race(contenders)
+        longest = 0.0
+        for repeat in range(self.options.repeats):
+            turns: list[list[_Run]] = []
+            for seed, prompt in enumerate(self.prompts):
+                if longest and self._late(1.0, longest):
+                    break
+                begin = self.clock()
+                turn = []
+                for contender in contenders:
+                    self.on_step(f"{contender.setting.method}, repeat {repeat + 1}")
+                    if len(contenders) > PLANS_KEPT:
+                        self._run(prompt, contender.setting, seed, WARM_UP_TOKENS)
+                    turn.append(self._run(prompt, contender.setting, seed))
+                turns.append(turn)
+                longest = max(longest, self.clock() - begin)
+            if turns and (not race.repeats or len(turns) == len(race.repeats[0])):
+                race.repeats.append(turns)
+            else:
+                break
+        return race
+
+    def _affordable(self, contenders: Sequence[Prediction]) -> list[Prediction]:
+        """The first contenders, two of them at least, that can be warmed up and run on one prompt in time."""
+        turns = 1 + 2 * min(1.0, WARM_UP_TOKENS / self.traces[0].length)
+        kept: list[Prediction] = []
+        needed = 0.0
+        for contender in contenders:
+            needed += SPARE * turns * contender.seconds[0]
+            if len(kept) > 1 and self._late(1.0, needed):
+                break
+            kept.append(contender)
+        return kept
+
+    def _row(self, prediction: Prediction, race: _Race, current: Setting | None) -> Row:
+        place = race.contenders.index(prediction)
+        runs = [turn[place] for turn in race.repeats[0]]
+        rates = race.rates(place)
+        setting = prediction.setting
+        own = setting.lossless and (
+            self.common["lossless_rule"] == "match" or self.common["temperature"] == 0
+        )
+        baseline = [turn[0].tokens for turn in race.repeats[0]]
+        forwards = sum(run.stats["tiers"][-1]["forwards"] for run in runs)
+        later = sum(len(run.tokens) - 1 for run in runs)
+        differing = sum((run.stats["differs"] or 0.0) * (len(run.tokens) - 1) for run in runs)
+        return Row(
+            prediction=prediction,
+            tokens_per_second=statistics.median(rates),
+            ratio=statistics.median(a / b for a, b in zip(rates, race.rates(0), strict=True)),
+            tokens_per_target_forward=later / forwards if forwards else None,
+            acceptance=_acceptance(runs),
+            differs=None if setting.lossless else differing / later if later else 0.0,
+            unequal=sum(run.tokens != other for run, other in zip(runs, baseline, strict=True))
+            if own
+            else None,
+            current=setting == current,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One generation: its new tokens, the seconds it took, its statistics."""
+
+    tokens: list[int]
+    seconds: float
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What the target wrote after a prompt, by the prompt's place among those given."""
+
+    prompt: int
+    tokens: list[int]
+
+
+@dataclass
+class _Race:
+    """Contenders, the baseline first, and their runs by repeat, prompt and contender."""
+
+    contenders: Sequence[Prediction]
+    repeats: list[list[list[_Run]]] = field(default_factory=list)
+
+    def rates(self, place: int) -> list[float]:
+        """Per repeat, tokens per second of a contender over all prompts."""
+        runs = [[turn[place] for turn in turns] for turns in self.repeats]
+        return [sum(len(run.tokens) for run in each) / sum(run.seconds for run in each) for each in runs]
+
+
+def _seconds_of_tiers(runs: Sequence[_Run]) -> tuple[float, ...] | None:
+    """Per tier, the seconds of its passes in all runs; None where they are not known."""
+    by_tier = [
+        [run.stats["tiers"][place]["seconds"] for run in runs] for place in range(len(runs[0].stats["tiers"]))
+    ]
+    if any(seconds is None for tier in by_tier for seconds in tier):
+        return None
+    return tuple(map(sum, by_tier))
+
+
+def _acceptance(runs: Sequence[_Run]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for tiers in zip(*(run.stats["tiers"][:-1] for run in runs), strict=True):
+        proposed = sum(tier["proposed"] for tier in tiers)
+        found[tiers[0]["name"]] = sum(tier["accepted"] for tier in tiers) / proposed if proposed else None
+    return found
+
+
+def choose(rows: Sequence[Row], max_differs: float) -> Row:
+    """The row with the highest ratio to the baseline.
+
+    A lossy one must keep to `max_differs`, and be faster than the best lossless one by the factor `LOSSY_GAIN`:
+    nobody should give up the target's own text for the noise of a measurement.
+    """
+    best = max((row for row in rows if row.differs is None), key=lambda row: row.ratio)
+    lossy = [row for row in rows if row.differs is not None and row.differs <= max_differs]
+    fastest = max(lossy, key=lambda row: row.ratio, default=best)
+    return fastest if fastest.ratio >= LOSSY_GAIN * best.ratio else best
+
+
+def _check(name: str, value: object, expected: str, valid: bool) -> None:
+    if not valid:
+        raise InputError(f"{name} must be {expected}, found {value!r}")

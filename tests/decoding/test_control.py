@@ -1,0 +1,69 @@
+"""Under device control nothing in an outer round reads a device value on the host."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.host_reads import no_host_reads
+from helpers.tables import TableTier, random_tables
+
+from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
+from pyramid_rt.decoding.torch_steps import TorchRoundRunner
+
+RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, "topk_js", "processed", or_match=True))
+OPTIONS = {"max_new_tokens": 24, "lengths": (2, 3), "seed": 3, "logprobs": 2}
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every outer round runs under the watch; the list counts them."""
+    rounds = []
+    real = TorchRoundRunner.outer_round
+
+    def outer_round(self, known_end=None):
+        rounds.append(known_end)
+        with no_host_reads():
+            real(self, known_end)
+
+    monkeypatch.setattr(TorchRoundRunner, "outer_round", outer_round)
+    return rounds
+
+
+def test_the_watch_sees_reads():
+    x = torch.arange(4)
+    for read in (
+        lambda: x[1].item(),
+        lambda: x.tolist(),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: bool(x[0]),
+    ):
+        with no_host_reads(), pytest.raises(AssertionError, match="reads a device value"):
+            read()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("rules", list(itertools.product(RULES, RULES)), ids=str)
+def test_no_rule_reads(watched, rules, temperature):
+    tiers = [TableTier(f"t{i}", table, max_seq=60) for i, table in enumerate(random_tables(3, seed=1))]
+    rt = Pyramid(tiers, rules, control="device")
+    out = rt.generate([0, 1], temperature=temperature, top_k=3, top_p=0.9, **OPTIONS)
+    assert len(out.tokens) == 24
+    assert len(watched) >= 2
+
+
+@pytest.mark.parametrize("method", ["ar", "sd", "psd", "psd_f"])
+def test_no_model_reads(watched, tiny, method):
+    rt = Pyramid(tiny.tiers, tokenizer=tiny.tokenizer, control="device", vocab_size=tiny.vocab_size)
+    options = {"max_new_tokens": 30, "temperature": 0.7, "seed": 2}
+    tokens = rt.generate("def f(", method=method, **options).tokens
+    assert watched
+    assert method == "psd_f" or tokens == rt.generate("def f(", method="ar", **options).tokens
+
+
+def test_host_control_does_read(watched):
+    tiers = [TableTier(f"t{i}", table, max_seq=60) for i, table in enumerate(random_tables(3, seed=1))]
+    with pytest.raises(AssertionError, match="reads a device value"):
+        Pyramid(tiers, [Match(), Match()], control="host").generate([0, 1], **OPTIONS)

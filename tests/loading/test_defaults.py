@@ -1,0 +1,94 @@
+"""Writing defaults: what is kept, what is made, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pyramid_rt import InputError, WeightsError
+from pyramid_rt.loading.defaults import check_tunable, write_defaults
+from pyramid_rt.loading.directory import PyramidDirectory
+
+
+def a_directory(tmp_path: Path, tiny_dir: Path, content: object = None) -> Path:
+    target = tmp_path / "pyramid"
+    shutil.copytree(tiny_dir, target)
+    if content is not None:
+        (target / "pyramid.json").write_text(json.dumps(content))
+    return target
+
+
+TIERS = {"target": "target", "draft": "draft"}
+
+
+def test_other_content_is_kept(tmp_path: Path, tiny_dir: Path) -> None:
+    defaults = {"temperature": 0.7, "method": "sd", "draft_length": 4, "inner_rounds": 2}
+    directory = a_directory(tmp_path, tiny_dir, {**TIERS, "defaults": defaults})
+    file = write_defaults(directory, {"method": "sd", "draft_length": 7})
+    expected = {"temperature": 0.7, "method": "sd", "draft_length": 7, "inner_rounds": 2}
+    assert json.loads(file.read_text()) == {**TIERS, "defaults": expected}
+    assert list(json.loads(file.read_text())) == ["target", "draft", "defaults"]
+    # A number of inner rounds would override the length that was just chosen.
+    write_defaults(directory, {"method": "psd", "qualifier_length": 8})
+    del expected["inner_rounds"]
+    expected |= {"method": "psd", "qualifier_length": 8}
+    assert json.loads(file.read_text())["defaults"] == expected
+
+
+def test_the_file_is_made_where_there_is_none(tmp_path: Path, tiny_dir: Path) -> None:
+    directory = a_directory(tmp_path, tiny_dir)
+    before = PyramidDirectory.open(directory)
+    file = write_defaults(directory, {"method": "sd", "draft_length": 3})
+    assert file == directory / "pyramid.json"
+    after = PyramidDirectory.open(directory)
+    assert {name: path.resolve() for name, path in after.tiers.items()} == {
+        name: path.resolve() for name, path in before.tiers.items()
+    }
+    assert after.defaults == {"method": "sd", "draft_length": 3}
+
+
+def test_a_link_stays_a_link(tmp_path: Path, tiny_dir: Path) -> None:
+    directory = a_directory(tmp_path, tiny_dir)
+    real = tmp_path / "kept.json"
+    real.write_text(json.dumps(TIERS))
+    (directory / "pyramid.json").symlink_to(real)
+    assert write_defaults(directory, {"method": "ar"}) == real
+    assert (directory / "pyramid.json").is_symlink()
+    assert json.loads(real.read_text()) == {**TIERS, "defaults": {"method": "ar"}}
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(
+    tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = a_directory(tmp_path, tiny_dir, TIERS)
+    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(WeightsError, match="cannot write it: No space left"):
+        write_defaults(directory, {"method": "ar"})
+    assert {path: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
+
+
+def test_only_a_weights_directory_of_several_tiers_can_be_tuned(tmp_path: Path, tiny_dir: Path) -> None:
+    check_tunable(tiny_dir, writing=True)
+    with pytest.raises(InputError, match="target: there is nothing to tune"):
+        check_tunable(tiny_dir / "target", writing=False)
+    with pytest.raises(WeightsError, match="holds no model"):
+        check_tunable(tmp_path, writing=False)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, so the answer is made up.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(InputError, match="cannot be written to; --dry-run only prints"):
+        check_tunable(tiny_dir, writing=True)
+    check_tunable(tiny_dir, writing=False)
