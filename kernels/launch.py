@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of every window buffer, and the widest window.
-WINDOW = 64
-
+from pyramid_rt.kernels.limits import WINDOW
 
 # Channels that share one partial sum of squares.
 CHANNELS = 64

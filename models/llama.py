@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference.forward import pack, rotary_table
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.backends.torch import worth_packing
 from pyramid_rt.models.config import LlamaConfig
 
 # Cache rows past the context, for a round that runs over its end.
-SLACK_ROWS = 64
+SLACK_ROWS = WINDOW
 
 
 @dataclass(frozen=True, slots=True)

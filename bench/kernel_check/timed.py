@@ -20,7 +20,8 @@ from bench.kernel_check.traffic import copies_for, matrix, traffic
 from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.forward import attention, compact, embed, gate_up, head, project, qkv
 from pyramid_rt.kernels.forward.attention_configs import AttentionConfig, config_for
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import forward as reference
 from pyramid_rt.models.shapes import Shape
 

@@ -26,7 +26,8 @@ from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide import readback as report
 from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
 from pyramid_rt.kernels.forward.head import TileStatistics
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.models.shapes import Shape
 

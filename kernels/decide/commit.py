@@ -7,7 +7,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pyramid_rt.kernels.decide.decode_state import mark
+from pyramid_rt.kernels.decide.decode_state import (
+    active_word,
+    bad_word,
+    base_word,
+    cached_word,
+    limit_word,
+    mark,
+)
+from pyramid_rt.kernels.limits import NO_POSITION
+
+NONE = tl.constexpr(NO_POSITION)
 
 
 @triton.jit
@@ -16,8 +26,8 @@ def first_non_finite(
     LEVEL: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The tier's first undecidable position, those of this verify included."""
-    before = tl.load(control_ptr + 2 + 3 * N + LEVEL)
-    found = tl.min(tl.where(valid & (non_finite != 0), positions, 4611686018427387904), 0)
+    before = tl.load(bad_word(control_ptr, N, LEVEL))
+    found = tl.min(tl.where(valid & (non_finite != 0), positions, NONE), 0)
     return tl.minimum(before, found)
 
 
@@ -59,10 +69,10 @@ def commit(
     """
     steps = tl.arange(0, ROWS)
     end = tl.load(control_ptr)
-    limit = tl.load(control_ptr + 1)
-    proposal = tl.load(control_ptr + 2 + N + LEVEL - 1)
-    outer = tl.load(control_ptr + 2 + 2 * N - 1)
-    active = tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0
+    limit = tl.load(limit_word(control_ptr))
+    proposal = tl.load(base_word(control_ptr, N, LEVEL - 1))
+    outer = tl.load(base_word(control_ptr, N, N - 1))
+    active = tl.load(active_word(control_ptr, N, LEVEL)) != 0
     ended = tl.load(ended_ptr) != 0
     if active:
         count = end - proposal
@@ -86,15 +96,15 @@ def commit(
         counted = tl.load(here, mask=column < 6, other=0) + made
         forwards = tl.load(counters_ptr + LEVEL * 7 + 6) + 1
         tier = tl.arange(0, 16)
-        cached = tl.load(control_ptr + 2 + tier, mask=tier <= LEVEL, other=0)
+        cached = tl.load(cached_word(control_ptr, tier), mask=tier <= LEVEL, other=0)
         cached = tl.where(tier == LEVEL, position, tl.minimum(cached, position))
         stop = tl.load(stop_ptr + token) != 0
         # Every warp has read the counts before one of them writes.
         tl.debug_barrier()
         tl.store(here, counted, mask=column < 6)
         tl.store(counters_ptr + LEVEL * 7 + 6, forwards)
-        tl.store(control_ptr + 2 + tier, cached, mask=tier <= LEVEL)
-        tl.store(control_ptr + 2 + 3 * N + LEVEL, bad)
+        tl.store(cached_word(control_ptr, tier), cached, mask=tier <= LEVEL)
+        tl.store(bad_word(control_ptr, N, LEVEL), bad)
         tl.store(source_ptr + proposal - outer + steps, LEVEL, mask=standing & (inherited == 0))
         ended = ended & whole
         end = position

@@ -20,7 +20,7 @@ import triton.language as tl
 from pyramid_rt.kernels.configs import architecture
 from pyramid_rt.kernels.decide import divergence, rejection
 from pyramid_rt.kernels.decide.commit import commit
-from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState
+from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState, active_word, base_word
 from pyramid_rt.kernels.decide.divergence import (
     bucketed_divergence,
     finished,
@@ -102,10 +102,10 @@ def decide_kernel(
     """Match and fuzzy: one share of one row, the row's end, and the verify's."""
     chunk = tl.program_id(0)
     step = tl.program_id(1)
-    proposal = tl.load(control_ptr + 2 + N + LEVEL - 1)
-    outer = tl.load(control_ptr + 2 + 2 * N - 1)
+    proposal = tl.load(base_word(control_ptr, N, LEVEL - 1))
+    outer = tl.load(base_word(control_ptr, N, N - 1))
     # An inactive verify has no rows, not even the one after its proposal.
-    live = tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0
+    live = tl.load(active_word(control_ptr, N, LEVEL)) != 0
     count = tl.where(live, tl.load(control_ptr) - proposal, -1)
     row = proposal - outer + step
     place = LEVEL * row_count + row

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramid_rt.kernels.forward.head import PADDING, TileStatistics
-from pyramid_rt.kernels.launch import WINDOW, check_tensor, tiles
+from pyramid_rt.kernels.launch import check_tensor, tiles
+from pyramid_rt.kernels.limits import NO_POSITION, WINDOW
 
 END, LIMIT, CACHED = 0, 1, 2
 # Entries of a tile of the head's statistics, of one program's share of a row, and of a step through it.
@@ -32,7 +33,6 @@ BLOCK = 1024
 SCAN = 512
 # Columns of the counters, one row per tier; see `pyramid_rt.decoding.state.COUNTERS`.
 COUNTERS = 7
-NO_POSITION = 2**62
 
 
 def control_size(tiers: int) -> int:
@@ -58,6 +58,36 @@ def live_at(tiers: int, level: int) -> int:
 def bad_at(tiers: int, level: int = 0) -> int:
     """Word of `control` that holds a tier's first undecidable position."""
     return CACHED + 3 * tiers + level
+
+
+@triton.jit
+def limit_word(control_ptr: tl.tensor) -> tl.tensor:
+    """Address of the limit. That of the tokens known is `control_ptr` itself."""
+    return control_ptr + 1
+
+
+@triton.jit
+def cached_word(control_ptr: tl.tensor, level: tl.tensor) -> tl.tensor:
+    """Address of `cached_at`; `level` may be a block."""
+    return control_ptr + 2 + level
+
+
+@triton.jit
+def base_word(control_ptr: tl.tensor, N: tl.constexpr, level: tl.tensor) -> tl.tensor:
+    """Address of `base_at`; the outer round's first position is that of level N - 1."""
+    return control_ptr + 2 + N + level
+
+
+@triton.jit
+def active_word(control_ptr: tl.tensor, N: tl.constexpr, level: tl.tensor) -> tl.tensor:
+    """Address of `active_at`."""
+    return control_ptr + 2 + 2 * N + level
+
+
+@triton.jit
+def bad_word(control_ptr: tl.tensor, N: tl.constexpr, level: tl.tensor) -> tl.tensor:
+    """Address of `bad_at`; `level` may be a block."""
+    return control_ptr + 2 + 3 * N + level
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,16 +302,14 @@ def mark(
 
     With UNTIL the round is active only while fewer than `until` tokens of the tier's proposal stand.
     """
-    BASE: tl.constexpr = 2 + N
-    LIVE: tl.constexpr = 2 + 2 * N
     live = unfinished
     if TOP < N - 1:
-        live = live & (tl.load(control_ptr + LIVE + TOP + 1) != 0)
+        live = live & (tl.load(active_word(control_ptr, N, TOP + 1)) != 0)
     if UNTIL:
-        live = live & (end - tl.load(control_ptr + BASE + TOP) < until)
+        live = live & (end - tl.load(base_word(control_ptr, N, TOP)) < until)
     flag = live.to(tl.int64)
     for level in tl.static_range(N):
         if level <= TOP:
-            tl.store(control_ptr + LIVE + level, flag)
+            tl.store(active_word(control_ptr, N, level), flag)
             if level < TOP or TOP == N - 1:
-                tl.store(control_ptr + BASE + level, end)
+                tl.store(base_word(control_ptr, N, level), end)

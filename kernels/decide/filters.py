@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from pyramid_rt.kernels.configs import architecture
-from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState
+from pyramid_rt.kernels.decide.decode_state import BLOCK, CHUNK, TILE, DecodeState, active_word, base_word
 from pyramid_rt.kernels.decide.rows import (
     divisor,
     join_lists,
@@ -38,8 +38,10 @@ from pyramid_rt.kernels.decide.rows import (
 from pyramid_rt.kernels.launch import Launch, arrive, tiles
 from pyramid_rt.kernels.noise import gumbel_at
 
-# Listed values that are held against sixteen keys at a time; more would not fit the registers.
-SEARCH = 128
+# Listed values that are held against sixteen keys at a time, per architecture where fewer registers are left, and
+# those that are put in order at a time; more would spill.
+SEARCH, SEARCH_OF = 512, {120: 256}
+JOINED = 256
 OPTIONS = {"num_stages": 2, "enable_fp_fusion": False}
 # Warps of a program per architecture: the others spill with one or the other of the supported Tritons.
 WARPS, WARPS_OF = 8, {100: 4}
@@ -202,16 +204,17 @@ def thresholds_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
+    JOINED: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
     """One share of one row: tier LEVEL's rows first, then, past COUNT, those of the tier below."""
     chunk = tl.program_id(0)
     slot = tl.program_id(1)
     end = tl.load(control_ptr)
-    outer = tl.load(control_ptr + 2 + 2 * N - 1)
+    outer = tl.load(base_word(control_ptr, N, N - 1))
     decided = end
     if not DRAW:
-        decided = tl.load(control_ptr + 2 + N + LEVEL - 1)
+        decided = tl.load(base_word(control_ptr, N, LEVEL - 1))
     above = slot < COUNT
     level = tl.where(above, LEVEL, LEVEL - 1)
     step = tl.where(above, slot, slot - COUNT)
@@ -219,7 +222,7 @@ def thresholds_kernel(
     place = level.to(tl.int64) * row_count + row
     # The row after a proposal is the judge's alone.
     live = (row >= 0) & (row < row_count) & (decided + step < end + above.to(tl.int64))
-    live = live & (tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0)
+    live = live & (tl.load(active_word(control_ptr, N, LEVEL)) != 0)
     # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
     if live == 0:
         return
@@ -265,7 +268,7 @@ def thresholds_kernel(
             CHUNKS,
             CHUNK,
             SLOTS,
-            SEARCH,
+            JOINED,
         )
         cut, mass, token = filter_row(
             rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, bound, top, mass,
@@ -308,11 +311,9 @@ def plan(
         raise ValueError("level is 0, expected at least 1: the lowest tier verifies nothing")
     if below and (draw or filters or count < 2):
         raise ValueError(f"below is True, expected False with draw={draw}, filters={filters}, count={count}")
-    s, chunks, tile_count = (
-        state.statistics,
-        tiles(state.vocab_size, CHUNK),
-        state.statistics.peak.shape[2],
-    )
+    s, chunks = state.statistics, tiles(state.vocab_size, CHUNK)
+    tile_count = s.peak.shape[2]
+    arch = architecture(state.rows.device) if arch is None else arch
     return Launch(
         thresholds_kernel,
         (chunks, 2 * count - 1 if below else count, 1),
@@ -325,8 +326,8 @@ def plan(
         {
             "N": state.tiers_count, "LEVEL": level, "DRAW": draw, "COUNT": count, "FILTERS": filters,
             "CHUNKS": chunks, "CHUNK": CHUNK, "SLOTS": power_of_two(chunks),
-            "BLOCK": min(BLOCK, power_of_two(max(state.vocab_size, TILE))), "SEARCH": SEARCH,
-            "TILES": power_of_two(tile_count),
-            "num_warps": WARPS_OF.get(architecture(state.rows.device) if arch is None else arch, WARPS), **OPTIONS,
+            "BLOCK": min(BLOCK, power_of_two(max(state.vocab_size, TILE))),
+            "SEARCH": SEARCH_OF.get(arch, SEARCH), "JOINED": JOINED, "TILES": power_of_two(tile_count),
+            "num_warps": WARPS_OF.get(arch, WARPS), **OPTIONS,
         },
     )  # fmt: skip

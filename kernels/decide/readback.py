@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
+from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState, bad_word, cached_word
 from pyramid_rt.kernels.launch import Launch, check_tensor
 
 
@@ -36,8 +36,8 @@ def report_kernel(
     tl.store(numbers_ptr + 2, tl.load(ended_ptr).to(tl.int64))
     i = tl.arange(0, BLOCK)
     cached = i < N
-    tl.store(numbers_ptr + 3 + i, tl.load(control_ptr + 2 + i, mask=cached), mask=cached)
-    tl.store(numbers_ptr + 3 + N + i, tl.load(control_ptr + 2 + 3 * N + i, mask=cached), mask=cached)
+    tl.store(numbers_ptr + 3 + i, tl.load(cached_word(control_ptr, i), mask=cached), mask=cached)
+    tl.store(numbers_ptr + 3 + N + i, tl.load(bad_word(control_ptr, N, i), mask=cached), mask=cached)
     counted = i < N * COLUMNS
     tl.store(numbers_ptr + 3 + 2 * N + i, tl.load(counters_ptr + i, mask=counted), mask=counted)
     row = i < MOST

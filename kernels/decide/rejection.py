@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from pyramid_rt.kernels.decide.commit import commit, prefix_length
-from pyramid_rt.kernels.decide.decode_state import SCAN, DecodeState
+from pyramid_rt.kernels.decide.decode_state import SCAN, DecodeState, active_word, base_word
 from pyramid_rt.kernels.decide.rows import power_of_two, processed_log
 from pyramid_rt.kernels.launch import Launch, arrive, tiles
 from pyramid_rt.kernels.noise import chosen_words, consecutive_words, gumbel, uniform
@@ -56,10 +56,10 @@ def reject_kernel(
 ) -> None:
     """Rejection: every program judges, and scans SCAN entries of the row that falls."""
     share = tl.program_id(0)
-    proposal = tl.load(control_ptr + 2 + N + LEVEL - 1)
-    outer = tl.load(control_ptr + 2 + 2 * N - 1)
+    proposal = tl.load(base_word(control_ptr, N, LEVEL - 1))
+    outer = tl.load(base_word(control_ptr, N, N - 1))
     # An inactive verify has no rows, not even the one after its proposal.
-    live = tl.load(control_ptr + 2 + 2 * N + LEVEL) != 0
+    live = tl.load(active_word(control_ptr, N, LEVEL)) != 0
     count = tl.where(live, tl.load(control_ptr) - proposal, -1)
     temperature = tl.load(temperature_ptr)
     steps = tl.arange(0, ROWS)

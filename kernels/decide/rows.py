@@ -202,13 +202,15 @@ def least_key(
             # Rounded up, so that the sixteenth is `over` or past it.
             stride = (over - under + 15) // 16
             tried = tl.minimum(under + stride * part, over)
-            above = tl.zeros((16,), tl.float32)
+            # Added up across threads once, not once a block: of a flat row under top-p alone there are dozens.
+            sums = tl.zeros((BLOCK, 16), tl.float32)
             for first in tl.range(0, length, BLOCK):
                 at = first + tl.arange(0, BLOCK)
                 s = tl.load(values_ptr + at, mask=at < length, other=float("-inf"))
                 key = tl.where(at < length, order_key(s), -(1 << 40))
                 amount = tl.exp(s - top) if WEIGH else (at < length).to(tl.float32)
-                above += tl.sum(tl.where(key[:, None] > tried[None, :], amount[:, None], 0.0), 0)
+                sums += tl.where(key[:, None] > tried[None, :], amount[:, None], 0.0)
+            above = tl.sum(sums, 0)
             # Those that do not hold come first; `over` is known to hold.
             fails = tl.minimum(tl.sum((above >= limit).to(tl.int64), 0), 15)
             under = tl.minimum(under + stride * fails, over - 1)

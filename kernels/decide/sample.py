@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pyramid_rt.kernels.decide.decode_state import DecodeState, mark
+from pyramid_rt.kernels.decide.decode_state import (
+    DecodeState,
+    active_word,
+    bad_word,
+    base_word,
+    cached_word,
+    limit_word,
+    mark,
+)
 from pyramid_rt.kernels.decide.rows import power_of_two, row_normaliser, row_winner
 from pyramid_rt.kernels.launch import Launch
 
@@ -44,14 +52,14 @@ def sample_kernel(
 ) -> None:
     """One program; the row decides the position `end`."""
     end = tl.load(control_ptr)
-    limit = tl.load(control_ptr + 1)
-    outer = tl.load(control_ptr + 2 + 2 * N - 1)
+    limit = tl.load(limit_word(control_ptr))
+    outer = tl.load(base_word(control_ptr, N, N - 1))
     ended = tl.load(ended_ptr) != 0
     go = (end < limit) & (ended == 0)
     if not FIRST:
         # The word that the tier's pass went by: without it there is no row.
-        go = go & (tl.load(control_ptr + 2 + 2 * N) != 0)
-    bad = tl.load(control_ptr + 2 + 3 * N + LEVEL)
+        go = go & (tl.load(active_word(control_ptr, N, 0)) != 0)
+    bad = tl.load(bad_word(control_ptr, N, LEVEL))
     forwards = tl.load(counters_ptr + LEVEL * 7 + 6) + 1
     if go:
         place = LEVEL * row_count + (end - outer)
@@ -66,15 +74,15 @@ def sample_kernel(
         # Every warp has read the counts before one of them writes.
         tl.debug_barrier()
         tl.store(tokens_ptr + end, token)
-        tl.store(control_ptr + 2 + 3 * N + LEVEL, bad)
+        tl.store(bad_word(control_ptr, N, LEVEL), bad)
         tl.store(source_ptr + (end - outer), LEVEL)
-        tl.store(control_ptr + 2 + LEVEL, end)
+        tl.store(cached_word(control_ptr, LEVEL), end)
         if not FIRST:
             tl.store(origin_ptr + end, LEVEL)
             tl.store(counters_ptr + LEVEL * 7 + 6, forwards)
             # What is left of the burst is skipped. With one tier, `mark` sees to it.
             if N > 1:
-                tl.store(control_ptr + 2 + 2 * N, ((end + 1 < limit) & (stop == 0)).to(tl.int64))
+                tl.store(active_word(control_ptr, N, 0), ((end + 1 < limit) & (stop == 0)).to(tl.int64))
         tl.store(control_ptr, end + 1)
         tl.store(ended_ptr, stop.to(tl.uint8))
         end += 1
@@ -88,7 +96,7 @@ def sample_kernel(
 def begin_kernel(control_ptr: tl.tensor, ended_ptr: tl.tensor, N: tl.constexpr) -> None:
     """Open an outer round at the end of the sequence."""
     end = tl.load(control_ptr)
-    unfinished = (end < tl.load(control_ptr + 1)) & (tl.load(ended_ptr) == 0)
+    unfinished = (end < tl.load(limit_word(control_ptr))) & (tl.load(ended_ptr) == 0)
     mark(control_ptr, end, unfinished, 0, N, N - 1, False)
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyramid_rt.kernels.launch import DTYPES, WINDOW, Launch, check_scalar, check_tensor, runner
+from pyramid_rt.kernels.launch import DTYPES, Launch, check_scalar, check_tensor, runner
+from pyramid_rt.kernels.limits import WINDOW
 
 
 @triton.jit

@@ -15,7 +15,6 @@ from pyramid_rt.kernels.forward.product import round_to, tree_sum
 from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
-    WINDOW,
     Launch,
     check_length,
     check_strides,
@@ -25,6 +24,7 @@ from pyramid_rt.kernels.launch import (
     runner,
     tiles,
 )
+from pyramid_rt.kernels.limits import WINDOW
 
 
 # The window's length stays a run-time value: one binary serves every T.

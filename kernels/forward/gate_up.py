@@ -29,7 +29,6 @@ from pyramid_rt.kernels.forward.product import (
 from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
-    WINDOW,
     Launch,
     check_length,
     check_tensor,
@@ -37,6 +36,7 @@ from pyramid_rt.kernels.launch import (
     runner,
     tiles,
 )
+from pyramid_rt.kernels.limits import WINDOW
 
 
 @triton.jit

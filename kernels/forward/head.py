@@ -1,8 +1,8 @@
 """RMSNorm and LM head of chosen rows, with what sampling needs of every tile of the vocabulary.
 
-logits[r, v] = float32(dtype((s_r . W_v) / sqrt(mean(x_r^2) + eps))), s = dtype(x w_norm); s and the sums of squares
-are left by the writer of the residual stream x. -inf from the valid vocabulary on. Per row and tile of BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the
-largest score with its lowest index, where
+logits[r, v] = float32(dtype((s_r . W_v) / sqrt(mean(x_r^2) + eps))), s = dtype(x w_norm); s and the sums of
+squares are left by the writer of the residual stream x. -inf from the valid vocabulary on. Per row and tile of
+BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the largest score with its lowest index, where
 
 score = logit / temperature + g, g = -log(-log1p(-u)), u = min((word + 0.5) 2^-32, 1 - 2^-24)
 
@@ -30,7 +30,8 @@ from pyramid_rt.kernels.forward.product import (
     tile_log2,
     tree_sum,
 )
-from pyramid_rt.kernels.launch import CHANNELS, DTYPES, WINDOW, Launch, check_tensor, live_word, runner, tiles
+from pyramid_rt.kernels.launch import CHANNELS, DTYPES, Launch, check_tensor, live_word, runner, tiles
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.noise import gumbel, philox_words
 
 # Entries of a logits row are padded to this many: 16 bytes, so that every row can be read in wide loads.

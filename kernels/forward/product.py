@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyramid_rt.kernels.configs import ProjectionConfig
-from pyramid_rt.kernels.launch import CHANNELS, WINDOW, arrive, check_tensor, interpreted, tiles
+from pyramid_rt.kernels.launch import CHANNELS, arrive, check_tensor, interpreted, tiles
+from pyramid_rt.kernels.limits import WINDOW
 
 # Columns of a narrow product: the fewest that sm_90 multiplies from shared memory without serialising.
 COLUMNS = 16

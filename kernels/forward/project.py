@@ -27,7 +27,6 @@ from pyramid_rt.kernels.forward.product import (
 from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
-    WINDOW,
     Launch,
     check_length,
     check_strides,
@@ -36,6 +35,7 @@ from pyramid_rt.kernels.launch import (
     runner,
     tiles,
 )
+from pyramid_rt.kernels.limits import WINDOW
 
 
 @triton.jit

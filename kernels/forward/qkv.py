@@ -32,7 +32,6 @@ from pyramid_rt.kernels.forward.product import (
 from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
-    WINDOW,
     Launch,
     check_length,
     check_tensor,
@@ -40,6 +39,7 @@ from pyramid_rt.kernels.launch import (
     runner,
     tiles,
 )
+from pyramid_rt.kernels.limits import WINDOW
 
 
 @triton.jit

@@ -21,7 +21,8 @@ from pyramid_rt.kernels.forward import attention, embed, gate_up, head, project,
 from pyramid_rt.kernels.forward.attention_configs import AttentionConfig, config_for
 from pyramid_rt.kernels.forward.head import Noise, Placement, TileStatistics
 from pyramid_rt.kernels.forward.product import Workspace, counter_elements, partial_elements
-from pyramid_rt.kernels.launch import CHANNELS, WINDOW, Launch, always, tiles
+from pyramid_rt.kernels.launch import CHANNELS, Launch, always, tiles
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import SLACK_ROWS, KVCache, Llama, run_layers
 

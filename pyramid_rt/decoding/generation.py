@@ -10,9 +10,9 @@ import torch
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.readback import Snapshot
-from pyramid_rt.decoding.state import NO_POSITION
 from pyramid_rt.decoding.tiers import shared_prefix
 from pyramid_rt.errors import NonFiniteLogitsError
+from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.result import TokenLogprobs
 from pyramid_rt.stats import ForwardClock

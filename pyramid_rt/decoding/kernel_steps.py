@@ -30,7 +30,7 @@ from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide.decode_state import END, DecodeState, base_at, cached_at, live_at
-from pyramid_rt.kernels.launch import WINDOW
+from pyramid_rt.kernels.limits import WINDOW
 
 
 @dataclass(frozen=True, slots=True)

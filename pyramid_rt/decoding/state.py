@@ -15,13 +15,13 @@ from torch import Tensor
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.rules import Fuzzy, Rule, rows_needed
 from pyramid_rt.errors import InputError
+from pyramid_rt.kernels.limits import NO_POSITION, WINDOW
 from pyramid_rt.models.llama import SLACK_ROWS
 
 if TYPE_CHECKING:
     from pyramid_rt.kernels.decide.decode_state import DecodeState
 
-MAX_WINDOW = SLACK_ROWS  # a window that starts at the end of the context must fit into the slack
-NO_POSITION = 2**62
+MAX_WINDOW = WINDOW  # a window that starts at the end of the context must fit into the slack
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
 from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
 from pyramid_rt.decoding.rules import Evidence, Fuzzy, Rule, Verdict
-from pyramid_rt.decoding.state import MAX_WINDOW, NO_POSITION, RoundPlan, State
+from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.decoding.tiers import Tier
+from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
 
 

@@ -29,7 +29,7 @@ from bench.kernel_check.tasks import Row, Task
 from bench.kernel_check.timed_decision import TIMED_DECISIONS
 from pyramid_rt.decoding.rules import Rejection
 from pyramid_rt.kernels.decide.decision import RULES
-from pyramid_rt.kernels.decide.decode_state import NO_POSITION
+from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference.sampling import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent.parent

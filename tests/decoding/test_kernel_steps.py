@@ -21,9 +21,10 @@ from pyramid_rt.decoding.engine import rounds_for
 from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, KernelSteps, Stage, processed_tiers
 from pyramid_rt.decoding.recursion import RoundRunner
 from pyramid_rt.decoding.rules import Rule
-from pyramid_rt.decoding.state import NO_POSITION, RoundPlan, State
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import NO_POSITION
 
 RULES = (
     Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, or_match=True), Fuzzy(0.4, "kl", "processed"),

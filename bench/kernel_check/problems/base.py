@@ -19,7 +19,8 @@ from bench.kernel_check.problems import oracle
 from pyramid_rt.kernels.configs import ARCHITECTURES, Op, ProjectionConfig, projection_config
 from pyramid_rt.kernels.forward import embed, gate_up, project, qkv
 from pyramid_rt.kernels.forward.product import Workspace, counter_elements, partial_elements
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import forward as reference
 
 ROWS = 2 * WINDOW - 1

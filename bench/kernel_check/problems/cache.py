@@ -13,7 +13,8 @@ from bench.kernel_check.problems import oracle
 from bench.kernel_check.problems.base import ROWS, Case, Place, Source, fill
 from pyramid_rt.kernels.forward import attention, compact
 from pyramid_rt.kernels.forward.attention_configs import Splits, config_for
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import forward as reference
 
 

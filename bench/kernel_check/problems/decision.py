@@ -21,7 +21,8 @@ from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide import readback as report
 from pyramid_rt.kernels.decide.decode_state import COUNTERS, END, LIMIT, DecodeState
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import sampling as ops
 
 # How the proposal fares: as it comes, whole, not at all, up to its last third.

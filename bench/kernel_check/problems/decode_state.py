@@ -17,7 +17,6 @@ from bench.kernel_check.problems.base import Place
 from pyramid_rt.kernels.decide.decode_state import (
     END,
     LIMIT,
-    NO_POSITION,
     TILE,
     DecodeState,
     bad_at,
@@ -25,7 +24,7 @@ from pyramid_rt.kernels.decide.decode_state import (
     cached_at,
     live_at,
 )
-from pyramid_rt.kernels.launch import WINDOW
+from pyramid_rt.kernels.limits import NO_POSITION, WINDOW
 from pyramid_rt.kernels.reference import sampling as ops
 
 # Where the outer round and its proposal begin, and the limit of a request that has room left.

@@ -10,7 +10,8 @@ from torch import Tensor
 from bench.kernel_check.problems import oracle
 from bench.kernel_check.problems.base import EPS, Activations, Case, Judge, Place, Source, choose
 from pyramid_rt.kernels.forward import head
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference import forward as reference
 from pyramid_rt.kernels.reference import sampling as sampling_reference
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bench.kernel_check.problems import oracle
 from bench.kernel_check.problems.base import EPS, ROWS, Case, Judge, Place, Source, fill
-from pyramid_rt.kernels.launch import WINDOW, Launch
+from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.backends.choice import make_backend
 from pyramid_rt.models.backends.torch import TorchBackend

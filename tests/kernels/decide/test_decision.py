@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyramid_rt.kernels.decide import decision
 from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide.decode_state import NO_POSITION, DecodeState, live_at
+from pyramid_rt.kernels.decide.decode_state import DecodeState, live_at
+from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
 
 THRESHOLD = 0.1

@@ -11,8 +11,9 @@ from helpers.oracle import CONFIG, DEVICE, sums_of_squares
 
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide import sample
-from pyramid_rt.kernels.decide.decode_state import NO_POSITION, DecodeState, live_at
+from pyramid_rt.kernels.decide.decode_state import DecodeState, live_at
 from pyramid_rt.kernels.forward import head
+from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
 
 
