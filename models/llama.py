@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyramid_rt.kernels.limits import WINDOW
-from pyramid_rt.kernels.reference.forward import pack, rotary_table
+from pyramid_rt.kernels.reference.forward import rotary_table
 from pyramid_rt.models.backends.base import Backend
-from pyramid_rt.models.backends.torch import worth_packing
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.matrix import Dense, Matrix, Packed, worth_packing
 
 # Cache rows past the context, for a round that runs over its end.
 SLACK_ROWS = WINDOW
@@ -20,43 +22,49 @@ SLACK_ROWS = WINDOW
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer. C hidden size, I intermediate size, H and KV heads of size D; all in the model's dtype."""
+    """One layer. C hidden size, I intermediate size, H and KV heads of size D; vectors in the activations' type."""
 
     attn_norm: Tensor  # [C]
-    # Matrices of the `torch` backend may be packed; see `with_packed_matrices`.
-    qkv: Tensor  # [(H + 2 KV) D, C], rows of Q, then K, then V
+    qkv: Matrix  # [(H + 2 KV) D, C], rows of Q, then K, then V
     qkv_bias: Tensor | None  # [(H + 2 KV) D]
-    out: Tensor  # [C, H D]
+    out: Matrix  # [C, H D]
     out_bias: Tensor | None  # [C]
     mlp_norm: Tensor  # [C]
-    gate_up: Tensor  # [2 I, C], rows of gate, then up
+    gate_up: Matrix  # [2 I, C], rows of gate, then up
     gate_up_bias: Tensor | None  # [2 I]
-    down: Tensor  # [C, I]
+    down: Matrix  # [C, I]
     down_bias: Tensor | None  # [C]
 
     @classmethod
     def empty(cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-        """Uninitialised tensors of the right shapes."""
+        """Uninitialised parts of the right shapes, the matrices dense."""
+        parts: dict[str, Any] = dict.fromkeys(cls.__slots__)
+        for name, shape in layer_shapes(config).items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            parts[name] = Dense(tensor) if len(shape) == 2 else tensor
+        return cls(**parts)
 
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
 
-        hidden, inner = config.hidden_size, config.intermediate_size
-        queries = config.num_heads * config.head_dim
-        joint = queries + 2 * config.num_kv_heads * config.head_dim
-        attention, mlp = config.attention_bias, config.mlp_bias
-        return cls(
-            attn_norm=new(hidden),
-            qkv=new(joint, hidden),
-            qkv_bias=new(joint) if attention else None,
-            out=new(hidden, queries),
-            out_bias=new(hidden) if attention else None,
-            mlp_norm=new(hidden),
-            gate_up=new(2 * inner, hidden),
-            gate_up_bias=new(2 * inner) if mlp else None,
-            down=new(hidden, inner),
-            down_bias=new(hidden) if mlp else None,
-        )
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each field of `LayerWeights` that the model has; two sizes for a matrix, one for a vector."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_heads * config.head_dim
+    joint = queries + 2 * config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (hidden,),
+        "qkv": (joint, hidden),
+        "out": (hidden, queries),
+        "mlp_norm": (hidden,),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+    if config.qkv_bias:
+        shapes["qkv_bias"] = (joint,)
+    if config.out_bias:
+        shapes["out_bias"] = (hidden,)
+    if config.mlp_bias:
+        shapes |= {"gate_up_bias": (2 * inner,), "down_bias": (hidden,)}
+    return shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +74,10 @@ class Llama:
     Attributes:
         config: its shape.
         backend: who computes.
-        embedding: [V, C] dtype.
+        embedding: [V, C] dtype: a table whose rows are looked up.
         layers: from the first to the last.
         norm: [C] dtype.
-        head: [V, C] dtype; the embedding itself, or a packed copy of it, where the two are tied.
+        head: [V, C]; the embedding itself, or a packed copy of it, where the two are tied.
         rotary: [max_seq + SLACK_ROWS, 2, D] dtype, `kernels.reference.rotary_table`.
     """
 
@@ -78,7 +86,7 @@ class Llama:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    head: Matrix
     rotary: Tensor
 
     @classmethod
@@ -98,7 +106,7 @@ class Llama:
             embedding=embedding,
             layers=tuple(LayerWeights.empty(config, dtype, device) for _ in range(config.num_layers)),
             norm=torch.empty(config.hidden_size, dtype=dtype, device=device),
-            head=embedding if tied else torch.empty(shape, dtype=dtype, device=device),
+            head=Dense(embedding if tied else torch.empty(shape, dtype=dtype, device=device)),
             rotary=_rotary(config, max_seq, dtype).to(device),
         )
 
@@ -118,6 +126,21 @@ def _rotary(config: LlamaConfig, max_seq: int, dtype: torch.dtype) -> Tensor:
     )
 
 
+def with_matrices(model: Llama, convert: Callable[[Matrix], Matrix]) -> Llama:
+    """The same model with every matrix as `convert` makes it, one after the other; the head comes last."""
+    layers = tuple(
+        replace(
+            layer,
+            qkv=convert(layer.qkv),
+            out=convert(layer.out),
+            gate_up=convert(layer.gate_up),
+            down=convert(layer.down),
+        )
+        for layer in model.layers
+    )
+    return replace(model, layers=layers, head=convert(model.head))
+
+
 def with_packed_matrices(model: Llama) -> Llama:
     """The same model with the matrices packed that are `worth_packing`; takes their storage from `model`.
 
@@ -125,25 +148,17 @@ def with_packed_matrices(model: Llama) -> Llama:
     head too: rows of a packed matrix cannot be looked up.
     """
 
-    def packed(weight: Tensor) -> Tensor:
-        if not worth_packing(weight.shape[0], weight.shape[1], weight.device, weight.dtype):
-            return weight
-        copy = pack(weight)
-        if weight is not model.embedding:
-            weight.untyped_storage().resize_(0)
+    def packed(matrix: Matrix) -> Matrix:
+        if not isinstance(matrix, Dense) or not worth_packing(
+            matrix.rows, matrix.columns, matrix.device, matrix.tensor.dtype
+        ):
+            return matrix
+        copy = Packed.of(matrix.tensor)
+        if matrix.tensor is not model.embedding:
+            matrix.tensor.untyped_storage().resize_(0)
         return copy
 
-    layers = tuple(
-        replace(
-            layer,
-            qkv=packed(layer.qkv),
-            out=packed(layer.out),
-            gate_up=packed(layer.gate_up),
-            down=packed(layer.down),
-        )
-        for layer in model.layers
-    )
-    return replace(model, layers=layers, head=packed(model.head))
+    return with_matrices(model, packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,14 +243,9 @@ def run_layers(
 
 def parameter_count(config: LlamaConfig) -> int:
     """Number of stored weights, a tied head counted once."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = hidden * (2 * queries + 2 * keys) + 2 * hidden + 3 * hidden * inner
-    if config.attention_bias:
-        layer += queries + 2 * keys + hidden
-    if config.mlp_bias:
-        layer += 2 * inner + hidden
+    layer = sum(prod(shape) for shape in layer_shapes(config).values())
     tables = 1 if config.tie_word_embeddings else 2
+    hidden = config.hidden_size
     return config.num_layers * layer + hidden + tables * config.vocab_size * hidden
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
 import torch
 
-from pyramid_rt.decoding.methods import best_method, rules_of
-from pyramid_rt.errors import InputError
+from pyramid_rt import checks
+from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.errors import InputError, MemoryPlanError
+from pyramid_rt.loading.defaults import checked_defaults
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, check_family
 from pyramid_rt.loading.memory import MemoryPlan, plan_memory
-from pyramid_rt.loading.model_tier import ModelTier
-from pyramid_rt.loading.weights import read_config
+from pyramid_rt.loading.model_tier import LaterTier, ModelTier
+from pyramid_rt.loading.weights import check_model, read_config
 from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.params import Options, SamplingParams
@@ -25,6 +30,8 @@ DEFAULT_MAX_SEQ = 4096
 
 GRAPHS = "graphs"  # what `load` calls the capture of graphs where it reports progress
 Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger("pyramid_rt.loading")
 
 
 def demo_weights() -> Path:
@@ -46,6 +53,9 @@ def load(
 ) -> Pyramid:
     """Load a pyramid and keep it.
 
+    Everything is checked and the memory of all tiers is planned; weights are read of those tiers that the default
+    method needs, of others when a call first needs them.
+
     Args:
         weights_dir: `draft/ qualifier/ target/`, or a `pyramid.json` that names them, or one model.
         device: "cuda", "cuda:N" or "cpu"; CUDA where there is one.
@@ -63,36 +73,30 @@ def load(
         WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
         InputError: an argument is wrong. MemoryPlanError: it would not fit; nothing was taken.
     """
-    directory = PyramidDirectory.open(weights_dir)
-    configs = {name: read_config(path) for name, path in directory.tiers.items()}
-    tokenizers = {name: Tokenizer.from_dir(path) for name, path in directory.tiers.items()}
-    vocab_size = check_family(tokenizers, configs)
     place = _device(device)
     kind = _dtype(dtype, place)
-    backend = backend or ("triton" if place.type == "cuda" else "torch")
+    backend = ("triton" if place.type == "cuda" else "torch") if backend is None else backend
     check_backend(backend, place)
+    control = None if control is None else checks.choice("control", control, ("host", "device"))
+    prefix_reuse = checks.flag("prefix_reuse", prefix_reuse)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress must be something to call, found {checks.shown(progress)}")
+    directory = PyramidDirectory.open(weights_dir)
+    configs = {name: read_config(path) for name, path in directory.tiers.items()}
     max_seq = _max_seq(max_seq, configs)
+    tokenizers = {name: Tokenizer.from_dir(path) for name, path in directory.tiers.items()}
+    vocab_size = check_family(tokenizers, configs)
+    for name, path in directory.tiers.items():
+        check_model(path, configs[name])
     host_control = control != "device" and (control == "host" or place.type == "cpu")
-    params = _checked_defaults(directory)
-    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control, backend)
+    method, round_plan = _default_round(directory, host_control)
+    plan = plan_memory(configs, round_plan, vocab_size, max_seq, kind, place, backend)
     plan.check()
-    tiers: list[ModelTier] = []
-    try:
-        for name, path in directory.tiers.items():
-            told = None if progress is None else _named(progress, name)
-            tiers.append(
-                ModelTier.load(
-                    name, path, device=place, dtype=kind, max_seq=max_seq, backend=backend, progress=told
-                )
-            )
-    except torch.OutOfMemoryError as error:
-        # Another process took what was free, or it is in pieces; the traceback would hold what was loaded.
-        tiers.clear()
-        raise plan.error(f"the device ran out at tier {name!r}: {error}") from None
+    loader = _Loader(directory, configs, plan, place, kind, max_seq, backend, progress)
     pyramid = Pyramid(
-        tiers,
+        loader.tiers(method),
         tokenizer=tokenizers["target"],
-        eos_token_ids=configs["target"].eos_token_ids,
+        eos_token_ids=_end_ids(directory, configs["target"], vocab_size),
         vocab_size=vocab_size,
         defaults=directory.defaults,
         control=control,
@@ -117,19 +121,75 @@ def generate(
         return pyramid.generate(prompt, **options).text
 
 
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Loads the tiers of a directory as they were planned."""
+
+    directory: PyramidDirectory
+    configs: dict[str, LlamaConfig]
+    plan: MemoryPlan
+    device: torch.device
+    dtype: torch.dtype
+    max_seq: int
+    backend: str
+    progress: Progress | None
+
+    def tiers(self, method: str) -> list[ModelTier]:
+        """All tiers, small to large; those that `method` does not need will be loaded later."""
+        names = list(self.configs)
+        needed = {names[index] for index in tiers_of(method, len(names))}
+        tiers: list[ModelTier] = []
+        try:
+            for name in names:
+                tiers.append(self.tier(name, self.progress) if name in needed else self.later(name))
+        except MemoryPlanError:
+            # The traceback would hold what was loaded.
+            tiers.clear()
+            raise
+        return tiers
+
+    def tier(self, name: str, progress: Progress | None) -> ModelTier:
+        """One tier. Raises MemoryPlanError: another process took what was free, or it is in pieces."""
+        try:
+            return ModelTier.load(
+                name,
+                self.directory.tiers[name],
+                device=self.device,
+                dtype=self.dtype,
+                max_seq=self.max_seq,
+                backend=self.backend,
+                progress=None if progress is None else _named(progress, name),
+            )
+        except torch.OutOfMemoryError as error:
+            raise self.plan.error(f"the device ran out at tier {name!r}: {error}") from None
+
+    def later(self, name: str) -> LaterTier:
+        """The same, loaded when it is needed; nobody is told of its progress then."""
+        return LaterTier(
+            name,
+            self.directory.tiers[name],
+            self.configs[name],
+            max_seq=self.max_seq,
+            device=self.device,
+            backend=self.backend,
+            load=lambda: self.tier(name, None),
+        )
+
+
 def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(name, done, total)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = str(name) if isinstance(name, torch.device) else checks.text("device", name, "'cpu' or 'cuda'")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device must be 'cpu' or 'cuda', found {name!r}") from error
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"device must be 'cpu' or 'cuda', found {checks.shown(name)}") from error
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be 'cpu' or 'cuda', found {name!r}")
+        raise InputError(f"device must be 'cpu' or 'cuda', found {checks.shown(name)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -138,52 +198,46 @@ def _device(name: str | None) -> torch.device:
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, found {name!r}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, found {checks.shown(name)}")
     return DTYPES[name]
 
 
 def _max_seq(asked: int | None, configs: dict[str, LlamaConfig]) -> int:
-    allowed = min(_longest_context(config) for config in configs.values())
+    allowed = min(config.longest_context for config in configs.values())
     if asked is None:
         return min(allowed, DEFAULT_MAX_SEQ)
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 2 <= asked <= allowed:
-        raise InputError(f"max_seq must be an integer in 2..{allowed}, the models' context; found {asked!r}")
-    return asked
-
-
-def _checked_defaults(directory: PyramidDirectory) -> SamplingParams:
-    """The directory's defaults; bad values in a `pyramid.json` are refused by the name of the file too."""
     try:
-        return SamplingParams.build({}, directory.defaults)
+        return checks.whole("max_seq", asked, 2, allowed)
+    except InputError:
+        window = any(config.sliding_window == allowed for config in configs.values())
+        raise InputError(
+            f"max_seq must be an integer in 2..{allowed}, the models' {'sliding window' if window else 'context'}; "
+            f"found {checks.shown(asked)}"
+        ) from None
+
+
+def _end_ids(directory: PyramidDirectory, target: LlamaConfig, vocab_size: int) -> list[int]:
+    """The target's end-of-sequence ids that can be decoded at all."""
+    kept = [index for index in target.eos_token_ids if index < vocab_size]
+    if len(kept) < len(target.eos_token_ids):
+        _log.warning(
+            "%s: end-of-sequence ids %s lie in rows beyond the %d that all tiers share, and are never produced",
+            directory.tiers["target"],
+            [index for index in target.eos_token_ids if index >= vocab_size],
+            vocab_size,
+        )
+    return kept
+
+
+def _default_round(directory: PyramidDirectory, host_control: bool) -> tuple[str, RoundPlan]:
+    """The directory's default method, and the shape of its rounds; bad defaults are refused by the file's name."""
+    file = directory.path / PYRAMID_FILE
+    params = checked_defaults(file, directory.defaults)
+    count = len(directory.tiers)
+    method = params.method if params.method in methods_for(count) else best_method(count)
+    assert method is not None
+    try:
+        return method, build_plan(params, rules_of(method, params.rule_options), host_control=host_control)
     except InputError as error:
-        raise InputError(f"{directory.path / PYRAMID_FILE}, 'defaults': {error}") from error
-
-
-def _longest_context(config: LlamaConfig) -> int:
-    """Positions a model may see: those of its config; `dynamic` rope was made to go on past them."""
-    stretch = config.rope.factor if config.rope.kind == "dynamic" else 1.0
-    return int(config.max_position_embeddings * stretch)
-
-
-def _memory_plan(
-    configs: dict[str, LlamaConfig],
-    params: SamplingParams,
-    vocab_size: int,
-    max_seq: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    host_control: bool,
-    backend: str,
-) -> MemoryPlan:
-    """The plan for the default method of the directory."""
-    rules = rules_of(best_method(len(configs)), params.rule_options)
-    return plan_memory(
-        configs,
-        build_plan(params, rules, host_control=host_control),
-        vocab_size,
-        max_seq,
-        dtype,
-        device,
-        backend,
-    )
+        raise InputError(f"{file}, 'defaults': {error}") from error

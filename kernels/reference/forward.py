@@ -15,44 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The layout of a packed matrix is chosen for windows of this many rows, and serves all others.
-PACKED_FOR_ROWS = 8
-
 RopeKind = Literal["default", "linear", "dynamic", "llama3"]
-
-
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `pack` takes matrices of this kind: float32 ones on a CPU, where torch was built with oneDNN."""
-    # torch's compiler calls these two; they are not part of its public interface.
-    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return device.type == "cpu" and dtype == torch.float32 and there and torch.backends.mkldnn.is_available()
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A copy of a matrix [N, K] in oneDNN's own order of entries, which only `linear` can read.
-
-    Products with narrow windows then stream it at nearly full speed, whatever their width, and add up in one
-    order at (nearly) every width; the plain form does neither. See `can_pack`.
-    """
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-    return packed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b.
 
-    Args:
-        x: [T, K] dtype, contiguous.
-        weight: [N, K] dtype, or what `pack` made of it.
-        bias: [N] dtype, or None.
-
-    Returns:
-        [T, N] dtype, contiguous.
+    x [T, K] dtype, weight [N, K] dtype, bias [N] dtype or None -> [T, N] dtype, contiguous.
     """
-    if not weight.is_mkldnn:
-        return functional.linear(x, weight, bias)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    return functional.linear(x, weight, bias)
 
 
 def embedding(table: Tensor, tokens: Tensor) -> Tensor:

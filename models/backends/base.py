@@ -6,9 +6,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pyramid_rt.models.matrix import Matrix
+
 
 class Backend(Protocol):
-    """One method per fused kernel. T rows, hidden size C, D head size; all tensors in the model's dtype.
+    """One method per fused kernel. T rows, hidden size C, D head size; all tensors in the activations'
+    dtype; how a weight matrix is held is its own affair.
 
     Methods return new tensors, or buffers of the backend that hold until the same method is called again.
     Besides those they write to the cache rows of the window alone. `window` is what the method of that name
@@ -38,7 +41,7 @@ class Backend(Protocol):
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         k_cache: Tensor,
         v_cache: Tensor,
@@ -57,7 +60,7 @@ class Backend(Protocol):
     def project(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         residual: Tensor,
         norm: Tensor,
@@ -70,11 +73,11 @@ class Backend(Protocol):
         ...
 
     def gate_up(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Any
+        self, x: Tensor, norm: Tensor, eps: float, weight: Matrix, bias: Tensor | None, window: Any
     ) -> Tensor:
         """RMSNorm, the joint gate and up projection, silu(gate) * up: x [T, C], weight [2 I, C] -> [T, I]."""
         ...
 
-    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
         """RMSNorm and logits of chosen rows: x [T, C], rows [R] int64, weight [V, C] -> [R, V] float32."""
         ...

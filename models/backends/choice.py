@@ -6,8 +6,9 @@ import torch
 
 from pyramid_rt.errors import InputError
 from pyramid_rt.models.backends.base import Backend
-from pyramid_rt.models.backends.torch import TorchBackend, worth_packing
+from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.matrix import worth_packing
 
 BACKENDS = ("torch", "triton")
 
@@ -18,7 +19,7 @@ def check_backend(name: str, device: torch.device) -> None:
     Raises:
         InputError: names the backend, the device and what would do.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "torch":
         return

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.kernels.reference import forward as reference
-
-# A matrix of this many bytes or more is packed where that can be; a product with a smaller one takes less time than
-# the longer call. The figure is fixed, not measured at load, so that two runs, or two machines, take the same path.
-PACKED_BYTES = 2**19
+from pyramid_rt.models.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class TorchBackend:
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         k_cache: Tensor,
         v_cache: Tensor,
@@ -69,7 +66,7 @@ class TorchBackend:
         """See `Backend`."""
         kv_heads, _, head_dim = k_cache.shape
         normed = reference.rms_norm(x, norm, eps)
-        joint = reference.linear(normed, weight, bias).view(x.shape[0], -1, head_dim)
+        joint = weight.multiply(normed, bias).view(x.shape[0], -1, head_dim)
         heads = joint.shape[1] - 2 * kv_heads
         qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
         q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
@@ -84,28 +81,23 @@ class TorchBackend:
     def project(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         residual: Tensor,
         norm: Tensor,
         window: Window,
     ) -> Tensor:
         """See `Backend`."""
-        return reference.linear(x, weight, bias).add_(residual)
+        return weight.multiply(x, bias).add_(residual)
 
     def gate_up(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: Window
+        self, x: Tensor, norm: Tensor, eps: float, weight: Matrix, bias: Tensor | None, window: Window
     ) -> Tensor:
         """See `Backend`."""
         normed = reference.rms_norm(x, norm, eps)
-        return reference.silu_mul(reference.linear(normed, weight, bias))
+        return reference.silu_mul(weight.multiply(normed, bias))
 
-    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
         """See `Backend`."""
         normed = reference.rms_norm(x.index_select(0, rows), norm, eps)
-        return reference.lm_head(normed, weight)
-
-
-def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the `torch` backend computes with a packed copy of such a matrix (`reference.pack`)."""
-    return rows * columns * dtype.itemsize >= PACKED_BYTES and reference.can_pack(device, dtype)
+        return weight.multiply(normed).float()

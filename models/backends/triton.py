@@ -25,6 +25,7 @@ from pyramid_rt.kernels.launch import CHANNELS, Launch, always, tiles
 from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import SLACK_ROWS, KVCache, Llama, run_layers
+from pyramid_rt.models.matrix import Matrix
 
 _MOST_GROUP = 8
 
@@ -219,7 +220,7 @@ class TritonBackend:
         x: Tensor,
         norm: Tensor,
         eps: float,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         k_cache: Tensor,
         v_cache: Tensor,
@@ -228,7 +229,7 @@ class TritonBackend:
         """See `Backend`."""
         b, rotary, start, length = self.buffers, window.rotary, window.start, window.length
         launch = qkv.plan(
-            b.scaled, b.squares, eps, weight, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
+            b.scaled, b.squares, eps, weight.operand, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
             self.configs.qkv, live=window.live,
         )  # fmt: skip
         self.emit(launch)
@@ -256,7 +257,7 @@ class TritonBackend:
     def project(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Matrix,
         bias: Tensor | None,
         residual: Tensor,
         norm: Tensor,
@@ -266,14 +267,14 @@ class TritonBackend:
         b = self.buffers
         cut = self.configs.down if x is b.inner else self.configs.out
         launch = project.plan(
-            x, weight, bias, residual, norm, window.length, residual, b.scaled, b.squares, b.products, cut,
+            x, weight.operand, bias, residual, norm, window.length, residual, b.scaled, b.squares, b.products, cut,
             live=window.live,
         )  # fmt: skip
         self.emit(launch)
         return residual
 
     def gate_up(
-        self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, window: TritonWindow
+        self, x: Tensor, norm: Tensor, eps: float, weight: Matrix, bias: Tensor | None, window: TritonWindow
     ) -> Tensor:
         """See `Backend`."""
         b = self.buffers
@@ -282,7 +283,7 @@ class TritonBackend:
                 b.scaled,
                 b.squares,
                 eps,
-                weight,
+                weight.operand,
                 bias,
                 window.length,
                 b.inner,
@@ -293,12 +294,12 @@ class TritonBackend:
         )
         return b.inner
 
-    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+    def head(self, x: Tensor, rows: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
         """See `Backend`. The logits hold until the next pass."""
-        b, vocab = self.buffers, weight.shape[0]
+        b, vocab = self.buffers, weight.rows
         self.emit(
             head.plan(
-                b.scaled, b.squares, eps, weight, rows, vocab, b.logits, b.statistics, None, self.configs.head
+                b.scaled, b.squares, eps, weight.operand, rows, vocab, b.logits, b.statistics, None, self.configs.head
             )
         )
         return b.logits[: rows.shape[0], :vocab]
@@ -307,14 +308,14 @@ class TritonBackend:
         self,
         placement: Placement,
         eps: float,
-        weight: Tensor,
+        weight: Matrix,
         out: HeadOutputs,
         live: Tensor | None,
     ) -> None:
         """`head` of rows that the device places, with the statistics that sampling needs."""
         b, cut = self.buffers, self.configs.head
         launch = head.plan(
-            b.scaled, b.squares, eps, weight, placement, out.vocab_size, out.rows, out.statistics,
+            b.scaled, b.squares, eps, weight.operand, placement, out.vocab_size, out.rows, out.statistics,
             out.noise, cut, live=live,
         )  # fmt: skip
         self.emit(launch)

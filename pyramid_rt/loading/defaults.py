@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, path_from, write_atomically
+from pyramid_rt.errors import InputError
+from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, path_from, typed_defaults
+from pyramid_rt.loading.json_files import kind_of, read_object, resolved, write_object
+from pyramid_rt.params import SamplingParams
 
 NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"
 
@@ -25,7 +26,7 @@ def check_tunable(directory: str | Path, *, writing: bool) -> None:
     if len(opened.tiers) < 2:
         raise InputError(f"{directory}: {NOTHING_TO_TUNE}")
     # The file is replaced, so what counts is the directory that it really is in.
-    folder = (opened.path / PYRAMID_FILE).resolve().parent
+    folder = resolved(opened.path / PYRAMID_FILE).parent
     if writing and not os.access(folder, os.W_OK):
         raise InputError(f"{folder} cannot be written to; --dry-run only prints")
 
@@ -42,19 +43,27 @@ def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
     Returns: the path of the file.
 
     Raises:
-        WeightsError: it is no weights directory, its file is wrong, or it cannot be written.
+        WeightsError: it is no weights directory, its file is wrong, a default is of another type, or the file cannot
+            be written.
+        InputError: a default is outside its range. Nothing is written that `load` would refuse.
     """
     opened = PyramidDirectory.open(directory)
-    file = (opened.path / PYRAMID_FILE).resolve()
-    try:
-        if file.exists():
-            content = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            content = {name: path_from(opened.path, path) for name, path in opened.tiers.items()}
-        merged = {**content.get("defaults", {}), **defaults}
-        if "qualifier_length" in defaults:
-            merged.pop("inner_rounds", None)
-        write_atomically(file, {**content, "defaults": merged})
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
+    file = resolved(opened.path / PYRAMID_FILE)
+    if kind_of(file) is not None:
+        content = read_object(file, constants=False)
+    else:
+        content = {name: path_from(opened.path, path) for name, path in opened.tiers.items()}
+    merged = {**content.get("defaults", {}), **typed_defaults(file, dict(defaults))}
+    if "qualifier_length" in defaults:
+        merged.pop("inner_rounds", None)
+    checked_defaults(file, merged)
+    write_object(file, {**content, "defaults": merged})
     return file
+
+
+def checked_defaults(file: Path, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Options made of a file's defaults alone. Raises InputError, the file in its message."""
+    try:
+        return SamplingParams.build({}, defaults)
+    except InputError as error:
+        raise InputError(f"{file}, 'defaults': {error}") from error

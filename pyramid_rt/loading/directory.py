@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyramid_rt.errors import WeightsError
+from pyramid_rt import checks
+from pyramid_rt.errors import InputError, WeightsError
+from pyramid_rt.loading.json_files import check_directory, kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.weights import CONFIG_FILE, read_config
 from pyramid_rt.text.tokenizer import Tokenizer
+
+_log = logging.getLogger("pyramid_rt.loading")
 
 PYRAMID_FILE = "pyramid.json"
 TIERS = ("draft", "qualifier", "target")
@@ -57,15 +60,14 @@ class PyramidDirectory:
 
         Raises:
             WeightsError: it is no directory, a tier is missing, or ``pyramid.json`` is wrong.
+            InputError: `path` is no path.
         """
-        path = Path(path)
-        if not path.is_dir():
-            found = "is a file" if path.exists() else "does not exist"
-            raise WeightsError(f"{path} {found}; expected a weights directory")
-        if (path / PYRAMID_FILE).exists():
+        path = checks.path("weights_dir", path)
+        check_directory(path, "a weights directory")
+        if kind_of(path / PYRAMID_FILE) is not None:
             tiers, defaults = _read_pyramid_file(path / PYRAMID_FILE)
         else:
-            tiers, defaults = {name: path / name for name in TIERS if (path / name).is_dir()}, {}
+            tiers, defaults = {name: path / name for name in TIERS if kind_of(path / name) == "directory"}, {}
         if "target" not in tiers:
             tiers = _single_model(path, list(tiers))
         for name, directory in tiers.items():
@@ -85,15 +87,17 @@ class HasVocabSize(Protocol):
 def check_family(tokenizers: Mapping[str, Tokenizer], configs: Mapping[str, HasVocabSize]) -> int:
     """Check that tiers can read each other's tokens; returns the size of the vocabulary they share.
 
-    Models may be padded beyond the tokenizer's vocabulary, each by its own number of rows: the shared part
-    is the smallest of them, and must hold every id that the tokenizer knows.
+    Models may be padded beyond the tokenizer's vocabulary, each by its own number of rows: the shared part is the
+    smallest of them, and must hold every id that the target can produce or text can become. Tokens that were added
+    to a tokenizer and have no row in the target do neither, unless a text spells one out: then the prompt is
+    refused.
 
     Args:
         tokenizers: by name of tier, small to large.
         configs: the same names.
 
     Raises:
-        WeightsError: two tiers have different tokenizers, or a model has fewer rows than the tokenizer ids.
+        WeightsError: two tiers have different tokenizers, or a model has too few rows for its tokenizer's ids.
     """
     *_, target = tokenizers
     for name, tokenizer in tokenizers.items():
@@ -103,10 +107,22 @@ def check_family(tokenizers: Mapping[str, Tokenizer], configs: Mapping[str, HasV
                 f"tiers {name!r} ({tokenizer.directory}) and {target!r} ({tokenizers[target].directory}) "
                 f"have different tokenizers: {difference}"
             )
-        if tokenizer.vocab_size > configs[name].vocab_size:
+        rows = configs[name].vocab_size
+        # Ids from here on are produced by no tier and, as they were added, by no ordinary text.
+        unused = max(configs[target].vocab_size, tokenizer.plain_size)
+        if min(tokenizer.vocab_size, unused) > rows:
             raise WeightsError(
-                f"tier {name!r} ({tokenizer.directory}) has {configs[name].vocab_size} rows, "
+                f"tier {name!r} ({tokenizer.directory}) has {rows} rows, "
                 f"but its tokenizer has ids up to {tokenizer.vocab_size - 1}"
+            )
+        if tokenizer.vocab_size > rows:
+            _log.warning(
+                "tier %r (%s) has %d rows, its tokenizer ids up to %d: those beyond are added tokens that no tier "
+                "produces, and a prompt that holds one is refused",
+                name,
+                tokenizer.directory,
+                rows,
+                tokenizer.vocab_size - 1,
             )
     return min(config.vocab_size for config in configs.values())
 
@@ -129,11 +145,15 @@ def init(
         The path of the file.
 
     Raises:
-        WeightsError: a directory holds no model, the tiers do not fit, or the file is there already.
+        WeightsError: a directory holds no model, the tiers do not fit, the file is there already or cannot be
+            written.
+        InputError: an argument is no path or no flag.
     """
-    directory = Path(directory)
+    directory, force = checks.path("directory", directory), checks.flag("force", force)
     given = {"draft": draft, "qualifier": qualifier, "target": target}
-    tiers = {name: Path(path) for name, path in given.items() if path is not None}
+    tiers = {
+        name: checks.path(name, path) for name, path in given.items() if name == "target" or path is not None
+    }
     for name, path in tiers.items():
         _check_model_dir(name, path)
     check_family(
@@ -141,13 +161,13 @@ def init(
         {name: read_config(path) for name, path in tiers.items()},
     )
     file = directory / PYRAMID_FILE
-    if file.exists() and not force:
+    if kind_of(file) is not None and not force:
         raise WeightsError(f"{file} exists already; force replaces it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, {name: path_from(directory, path) for name, path in tiers.items()})
     except OSError as error:
         raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
+    write_object(file, {name: path_from(directory, path) for name, path in tiers.items()})
     return file
 
 
@@ -155,7 +175,7 @@ def _single_model(path: Path, others: list[str]) -> dict[str, Path]:
     """Take a directory without a target tier for a model itself, where nothing speaks against it."""
     if others:
         raise WeightsError(f"{path / 'target'}: the target tier is missing; found only {', '.join(others)}")
-    if not (path / CONFIG_FILE).exists():
+    if kind_of(path / CONFIG_FILE) is None:
         raise WeightsError(
             f"{path} holds no model: expected {PYRAMID_FILE}, or a directory 'target' "
             f"(with 'qualifier' and 'draft' beside it), or a {CONFIG_FILE}"
@@ -164,22 +184,17 @@ def _single_model(path: Path, others: list[str]) -> dict[str, Path]:
 
 
 def _check_model_dir(name: str, directory: Path) -> None:
-    if not directory.is_dir():
-        found = "is a file" if directory.exists() else "does not exist"
-        raise WeightsError(f"tier {name!r}: {directory} {found}; expected a model directory")
-    if not (directory / CONFIG_FILE).exists():
+    try:
+        check_directory(directory, "a model directory")
+    except WeightsError as error:
+        raise WeightsError(f"tier {name!r}: {error}") from None
+    if kind_of(directory / CONFIG_FILE) is None:
         raise WeightsError(f"tier {name!r}: {directory} holds no {CONFIG_FILE}")
 
 
 def _read_pyramid_file(path: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot read it: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{path}: not valid JSON: {error}") from error
-    known = (*TIERS, "defaults")
-    _check_keys(path, content, known, "the file")
+    content = read_object(path, constants=False)
+    _check_keys(path, content, (*TIERS, "defaults"), "the file")
     if "target" not in content:
         raise WeightsError(
             f"{path}: the target tier is missing; found only {', '.join(content) or 'nothing'}"
@@ -188,48 +203,46 @@ def _read_pyramid_file(path: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     for name in TIERS:
         if name in content:
             if not isinstance(content[name], str) or not content[name]:
-                raise WeightsError(
-                    f"{path}: {name!r} must be the path of a directory, found {content[name]!r}"
-                )
+                found = checks.shown(content[name])
+                raise WeightsError(f"{path}: {name!r} must be the path of a directory, found {found}")
             tiers[name] = path.parent / content[name]
     defaults = content.get("defaults", {})
-    _check_keys(path, defaults, tuple(DEFAULT_TYPES), "'defaults'")
-    return tiers, {key: _typed_default(path, key, value) for key, value in defaults.items()}
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    return tiers, typed_defaults(path, defaults)
 
 
 def _check_keys(path: Path, content: Any, known: tuple[str, ...], what: str) -> None:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: {what} must be a JSON object, found {type(content).__name__}")
-    unknown = [key for key in content if key not in known]
+    unknown = ", ".join([checks.shown(key) for key in content if key not in known][:10])
     if unknown:
-        raise WeightsError(
-            f"{path}: {what} has unknown keys {', '.join(map(repr, unknown))}; known are {', '.join(known)}"
-        )
+        raise WeightsError(f"{path}: {what} has unknown keys {unknown}; known are {', '.join(known)}")
+
+
+def typed_defaults(path: Path, defaults: Any) -> dict[str, Any]:
+    """Defaults as `path` holds them or will, each of its type and such that the device can hold it.
+
+    Raises:
+        WeightsError: one is unknown or of another type; names the file.
+    """
+    _check_keys(path, defaults, tuple(DEFAULT_TYPES), "'defaults'")
+    return {key: _typed_default(path, key, value) for key, value in defaults.items()}
 
 
 def _typed_default(path: Path, key: str, value: Any) -> Any:
     expected = DEFAULT_TYPES[key]
-    accepted = (int, float) if expected is float else (expected,)
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise WeightsError(f"{path}: default {key!r} must be of type {expected.__name__}, found {value!r}")
-    return expected(value)
+    try:
+        if expected is int:
+            return checks.whole(key, value, -checks.INT64_MAX, checks.INT64_MAX)
+        if expected is float:
+            return checks.number(key, value, -checks.FLOAT32_MAX, checks.FLOAT32_MAX)
+        return checks.text(key, value)
+    except InputError:
+        raise WeightsError(
+            f"{path}: default {key!r} must be of type {expected.__name__}, found {checks.shown(value)}"
+        ) from None
 
 
 def path_from(directory: Path, path: Path) -> str:
     """A path inside the directory is written relative to it, so that both can move together."""
-    path, directory = path.resolve(), directory.resolve()
+    path, directory = resolved(path), resolved(directory)
     return str(path.relative_to(directory) if path.is_relative_to(directory) else path)
-
-
-def write_atomically(file: Path, content: Mapping[str, Any]) -> None:
-    """Write beside the file and rename, so that a reader never sees half of it."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

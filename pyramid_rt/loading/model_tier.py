@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.tiers import DeviceForward
+from pyramid_rt.errors import WeightsError
 from pyramid_rt.loading.weights import load_llama
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, Llama, forward
@@ -19,16 +19,25 @@ if TYPE_CHECKING:
     from pyramid_rt.kernels.launch import Launch
 
 
-@dataclass
 class ModelTier:
-    """A Llama and its static cache."""
+    """A Llama and its static cache.
 
-    name: str
-    model: Llama
-    cache: KVCache
-    max_seq: int
-    path: Path
-    held: list[int] = field(default_factory=list)
+    Attributes:
+        name: of the tier.
+        config: of its model.
+        max_seq: positions the cache can hold, without the slack.
+        path: its directory.
+        device: where it is, or will be.
+        held: token ids in the cache, see `Tier`.
+    """
+
+    def __init__(self, name: str, model: Llama, cache: KVCache, max_seq: int, path: Path) -> None:
+        self.name, self.max_seq, self.path = name, max_seq, path
+        self.config: LlamaConfig = model.config
+        self.device: torch.device = cache.buffer.device
+        self.held: list[int] = []
+        self._backend = model.backend.name
+        self._parts: tuple[Llama, KVCache] | None = (model, cache)
 
     @classmethod
     def load(
@@ -46,27 +55,41 @@ class ModelTier:
         model = load_llama(
             path, device=device, dtype=dtype, max_seq=max_seq, backend=backend, progress=progress
         )
-        cache = KVCache.allocate(model.config, max_seq, dtype, device)
+        # A cache made in an application's inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            cache = KVCache.allocate(model.config, max_seq, dtype, device)
         return cls(name, model, cache, max_seq, path)
 
+    def ready(self) -> None:
+        """Take the weights and the cache, where that has not happened yet. Errors as `load`."""
+
     @property
-    def config(self) -> LlamaConfig:
-        return self.model.config
+    def model(self) -> Llama:
+        """The loaded model."""
+        return self._loaded()[0]
+
+    @property
+    def cache(self) -> KVCache:
+        """Its cache."""
+        return self._loaded()[1]
+
+    def _loaded(self) -> tuple[Llama, KVCache]:
+        if self._parts is None:
+            self.ready()
+        assert self._parts is not None
+        return self._parts
 
     @property
     def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.cache.buffer.device
+        return self.config.vocab_size
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int) -> Tensor | None:
-        return forward(self.model, self.cache, tokens, start, rows=rows, kv_bound=kv_bound)
+        model, cache = self._loaded()
+        return forward(model, cache, tokens, start, rows=rows, kv_bound=kv_bound)
 
     @property
     def device_rounds(self) -> bool:
-        return self.model.backend.name == "triton"
+        return self._backend == "triton"
 
     def device_forward(self, request: DeviceForward) -> Sequence[Launch]:
         from pyramid_rt.kernels.forward.head import Noise, Placement
@@ -94,4 +117,42 @@ class ModelTier:
 
     def reset(self) -> None:
         self.held = []
-        self.cache.buffer.zero_()
+        if self._parts is not None:
+            self._parts[1].buffer.zero_()
+
+
+class LaterTier(ModelTier):
+    """A tier whose weights and cache are taken when a call first needs it.
+
+    What can be checked without reading weights was checked by then; its place in memory is planned.
+
+    Args:
+        name, path: as of `ModelTier`.
+        config: read from `path`.
+        max_seq, device, backend: as it will be loaded.
+        load: loads it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        config: LlamaConfig,
+        *,
+        max_seq: int,
+        device: torch.device,
+        backend: str,
+        load: Callable[[], ModelTier],
+    ) -> None:
+        self.name, self.path, self.config, self.max_seq = name, path, config, max_seq
+        self.device, self.held = device, []
+        self._backend, self._parts, self._load = backend, None, load
+
+    def ready(self) -> None:
+        if self._parts is not None:
+            return
+        tier = self._load()
+        if tier.config != self.config:
+            raise WeightsError(f"{self.path}: its config is no longer the one that was read at load")
+        # A device without its number is the current one; from now on it is the one that was taken.
+        self.device, self._parts = tier.device, (tier.model, tier.cache)

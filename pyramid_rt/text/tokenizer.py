@@ -32,6 +32,7 @@ class Tokenizer:
         directory: where it was read.
         digest: SHA-256 of ``tokenizer.json``; equal digests mean equal tokenizers.
         vocab_size: one more than the highest token id it knows.
+        plain_size: the same without tokens that were added to its model's vocabulary.
         special_ids: ids of the special tokens, which never show in text.
         byte_level: every token stands for bytes (`token_bytes`), joined and read as UTF-8.
     """
@@ -53,6 +54,7 @@ class Tokenizer:
         self.directory = directory
         self.digest = digest
         self.vocab_size: int = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.plain_size: int = 1 + max(core.get_vocab(with_added_tokens=False).values(), default=-1)
         added = core.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         kinds = _decoder_kinds(decoder)

@@ -22,7 +22,7 @@ from helpers.llamas import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyramid_rt.models.backends import torch as backends
+from pyramid_rt.models import matrix
 from pyramid_rt.models.llama import (
     SLACK_ROWS,
     KVCache,
@@ -31,6 +31,7 @@ from pyramid_rt.models.llama import (
     parameter_count,
     weight_bytes,
 )
+from pyramid_rt.models.matrix import Packed
 
 CPU = torch.device("cpu")
 
@@ -58,9 +59,9 @@ def test_float32_logits_are_exact_to_rounding(
     directories: dict[str, Path], shape: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The matrices of these models are too small to be packed otherwise.
-    monkeypatch.setattr(backends, "PACKED_BYTES", 0 if packed else backends.PACKED_BYTES)
+    monkeypatch.setattr(matrix, "PACKED_BYTES", 0 if packed else matrix.PACKED_BYTES)
     model, cache = load(directories[shape])
-    assert model.head.is_mkldnn == (packed and torch.backends.mkldnn.is_available())
+    assert isinstance(model.head, Packed) == (packed and torch.backends.mkldnn.is_available())
     tokens = tokens_for(model, 200)
     exact = exact_logits(hf_model(shape), torch.float32, tokens)
     logits = run_windows(model, cache, tokens, [60, 1, 2, 3, 4, 5, 6, 7, 1, 64, 40, 7])
@@ -183,7 +184,14 @@ class NoHostRead(TorchDispatchMode):
 def test_forward_reads_nothing_back_and_changes_no_input(directories: dict[str, Path]) -> None:
     model, cache = load(directories["dynamic"])
     tokens, start, rows = tokens_for(model, 5), torch.tensor(46), torch.tensor([4])
-    inputs = [tokens, start, rows, model.embedding, model.rotary, *(layer.qkv for layer in model.layers)]
+    inputs = [
+        tokens,
+        start,
+        rows,
+        model.embedding,
+        model.rotary,
+        *(layer.qkv.operand for layer in model.layers),
+    ]
     before = [t.clone() for t in inputs]
     with torch.inference_mode(), NoHostRead():
         first = forward(model, cache, tokens, start, rows=rows, kv_bound=60)
@@ -205,4 +213,4 @@ def test_sizes_are_those_allocated(directories: dict[str, Path], shape: str) -> 
     held = sum(t.nbytes for t in (*cache.k, *cache.v, model.rotary))
     assert cache_bytes(model.config, 100, torch.bfloat16) == held
     assert all(t.shape == (model.config.num_kv_heads, 164, model.config.head_dim) for t in cache.k)
-    assert (model.head is model.embedding) == hf.config.tie_word_embeddings
+    assert (model.head.operand is model.embedding) == hf.config.tie_word_embeddings

@@ -18,7 +18,9 @@ from pyramid_rt.models.backends.choice import make_backend
 from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.backends.triton import TritonBackend
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.families import read_config
 from pyramid_rt.models.llama import KVCache, LayerWeights, Llama, forward
+from pyramid_rt.models.matrix import Dense
 from pyramid_rt.models.shapes import Shape
 
 
@@ -38,7 +40,7 @@ def llama_config(shape: Shape, *, tied: bool, positions: int) -> LlamaConfig:
         "max_position_embeddings": positions,
         "rope_theta": 5e5,
     }
-    return LlamaConfig.from_hf(entries, source=shape.name)
+    return read_config(entries, source=shape.name)
 
 
 def random_llama(config: LlamaConfig, source: Source, *, backend: str, max_seq: int) -> Llama:
@@ -57,24 +59,32 @@ def random_llama(config: LlamaConfig, source: Source, *, backend: str, max_seq: 
             max_seq=max_seq,
         )
     model = Llama.empty(config, made, max_seq=max_seq, dtype=dtype, device=device)
-    parts = [getattr(layer, part.name) for layer in model.layers for part in fields(LayerWeights)]
-    tables = {tensor.data_ptr(): tensor for tensor in (model.embedding, model.head)}
-    for tensor in (*parts, model.norm, *tables.values()):
-        if tensor is not None and tensor.dim() == 1:
+    tables = {tensor.data_ptr(): tensor for tensor in (model.embedding, model.head.operand)}
+    for tensor in (*(part for layer in model.layers for part in parts(layer)), model.norm, *tables.values()):
+        if tensor.dim() == 1:
             tensor.fill_(1.0)
-        elif tensor is not None:
+        else:
             tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=source.generator)
     return model
+
+
+def parts(layer: LayerWeights) -> list[Tensor]:
+    """The tensors of a layer whose matrices are dense, in the order of its fields."""
+    held = [getattr(layer, part.name) for part in fields(LayerWeights)]
+    return [part.operand if isinstance(part, Dense) else part for part in held if part is not None]
 
 
 def converted(model: Llama, dtype: torch.dtype) -> Llama:
     """The same weights in another type behind the plain ops."""
 
     def to(layer: LayerWeights) -> LayerWeights:
-        parts: dict[str, Any] = {part.name: getattr(layer, part.name) for part in fields(LayerWeights)}
-        for name, tensor in parts.items():
-            parts[name] = None if tensor is None else tensor.to(dtype)
-        return LayerWeights(**parts)
+        made: dict[str, Any] = {part.name: getattr(layer, part.name) for part in fields(LayerWeights)}
+        for name, part in made.items():
+            if isinstance(part, Dense):
+                made[name] = Dense(part.tensor.to(dtype))
+            elif part is not None:
+                made[name] = part.to(dtype)
+        return LayerWeights(**made)
 
     layers = tuple(to(layer) for layer in model.layers)
     return replace(
@@ -83,7 +93,7 @@ def converted(model: Llama, dtype: torch.dtype) -> Llama:
         embedding=model.embedding.to(dtype),
         layers=layers,
         norm=model.norm.to(dtype),
-        head=model.head.to(dtype),
+        head=Dense(model.head.operand.to(dtype)),
         rotary=model.rotary.to(dtype),
     )
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from bench.kernel_check.problems.base import Case, Place, Source
-from bench.kernel_check.problems.model import llama_config, random_llama
+from bench.kernel_check.problems.model import llama_config, parts, random_llama
 from pyramid_rt.decoding.graphs import Callback, CudaRecorder, Graphs, Recorder
 from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, Stage, processed_tiers
 from pyramid_rt.decoding.recursion import RoundRunner
@@ -25,7 +24,7 @@ from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.loading.model_tier import ModelTier
-from pyramid_rt.models.llama import KVCache, LayerWeights, Llama
+from pyramid_rt.models.llama import KVCache, Llama
 from pyramid_rt.models.shapes import Shape
 
 # The chains of rules that a case names by number.
@@ -82,16 +81,14 @@ def damped_llama(shape: Shape, layers: int, whole: Llama | None, source: Source,
     model = random_llama(config, source, backend="triton", max_seq=max_seq)
     if whole is None:
         for layer in model.layers[1:]:
-            layer.out.mul_(DAMPED)
-            layer.down.mul_(DAMPED)
+            layer.out.operand.mul_(DAMPED)
+            layer.down.operand.mul_(DAMPED)
         return model
     model.embedding.copy_(whole.embedding)
     model.norm.copy_(whole.norm)
     for mine, theirs in zip(model.layers, whole.layers, strict=False):
-        for part in fields(LayerWeights):
-            tensor: Tensor | None = getattr(mine, part.name)
-            if tensor is not None:
-                tensor.copy_(getattr(theirs, part.name))
+        for tensor, source_tensor in zip(parts(mine), parts(theirs), strict=True):
+            tensor.copy_(source_tensor)
     return model
 
 

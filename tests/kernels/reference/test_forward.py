@@ -30,16 +30,14 @@ def assert_close(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     assert error.square().mean().sqrt() <= 0.5 * limit.square().mean().sqrt()
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [*((dtype, False) for dtype in DTYPES), (torch.float32, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 9, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear(dtype: torch.dtype, rows: int, with_bias: bool, packed: bool) -> None:
-    if packed and not reference.can_pack(torch.device("cpu"), dtype):
-        pytest.skip("torch was built without oneDNN")
+def test_linear(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     x, weight = normal(rows, 97, dtype=dtype), normal(53, 97, dtype=dtype, seed=1)
     bias = normal(53, dtype=dtype, seed=2) if with_bias else None
     before = [t.clone() for t in (x, weight)]
-    out = reference.linear(x, reference.pack(weight) if packed else weight, bias)
+    out = reference.linear(x, weight, bias)
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     # Rounding of the result (and once more where the bias is added after), and of float32 partial sums.
     sums = x.double().abs() @ weight.double().abs().t()
@@ -48,12 +46,6 @@ def test_linear(dtype: torch.dtype, rows: int, with_bias: bool, packed: bool) ->
     assert out.is_contiguous()
     assert_close(out, exact, bound)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, weight), strict=True))
-
-
-def test_only_float32_on_a_cpu_is_packed() -> None:
-    assert reference.can_pack(torch.device("cpu"), torch.float32) == torch.backends.mkldnn.is_available()
-    assert not reference.can_pack(torch.device("cpu"), torch.bfloat16)
-    assert not reference.can_pack(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
