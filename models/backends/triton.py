@@ -299,7 +299,16 @@ class TritonBackend:
         b, vocab = self.buffers, weight.rows
         self.emit(
             head.plan(
-                b.scaled, b.squares, eps, weight.operand, rows, vocab, b.logits, b.statistics, None, self.configs.head
+                b.scaled,
+                b.squares,
+                eps,
+                weight.operand,
+                rows,
+                vocab,
+                b.logits,
+                b.statistics,
+                None,
+                self.configs.head,
             )
         )
         return b.logits[: rows.shape[0], :vocab]
