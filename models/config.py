@@ -16,9 +16,9 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-        kind: default; linear (frequencies divided by factor); dynamic (base grows with the length, each row
-            beyond the original context using its own position + 1 as the length); llama3 (low frequencies
-            divided by factor, high ones kept, a ramp between).
+        kind: default; linear (frequencies divided by factor); dynamic (base grows with the length beyond the
+            original context: that of the prompt for its positions, position + 1 for later ones); llama3 (low
+            frequencies divided by factor, high ones kept, a ramp between).
         theta: base wavelength.
         factor: scaling factor; 1 for default.
         low_freq_factor, high_freq_factor: llama3 only.

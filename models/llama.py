@@ -111,7 +111,7 @@ class Llama:
         )
 
 
-def _rotary(config: LlamaConfig, max_seq: int, dtype: torch.dtype) -> Tensor:
+def _rotary(config: LlamaConfig, max_seq: int, dtype: torch.dtype, prompt: int = 0) -> Tensor:
     rope = config.rope
     return rotary_table(
         rope.kind,
@@ -122,8 +122,19 @@ def _rotary(config: LlamaConfig, max_seq: int, dtype: torch.dtype) -> Tensor:
         low_freq_factor=rope.low_freq_factor,
         high_freq_factor=rope.high_freq_factor,
         original_context=rope.original_max_position_embeddings,
+        prompt=prompt,
         dtype=dtype,
     )
+
+
+def rotate_prompt(model: Llama, prompt: int) -> None:
+    """Set the rotary table for texts whose prompt has so many tokens. Only `dynamic` rope depends on that.
+
+    Keys that were cached for a prompt of another length, beyond the original context, hold no longer.
+    """
+    rows = model.rotary.shape[0]
+    table = _rotary(model.config, rows - SLACK_ROWS, model.rotary.dtype, prompt)
+    model.rotary.copy_(table)
 
 
 def with_matrices(model: Llama, convert: Callable[[Matrix], Matrix]) -> Llama:

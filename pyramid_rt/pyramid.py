@@ -20,6 +20,7 @@ from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
 from pyramid_rt.loading.memory import MemoryPlan
+from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.params import Options, SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
 from pyramid_rt.stats import Timing, summarise
@@ -310,6 +311,9 @@ class Pyramid:
             plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
         key = (names, rules, plan.lengths, plan.inner_rounds, plan.sampled, plan.filters, plan.logprobs)
         if key not in self._kept:
+            for tier in tiers:
+                if isinstance(tier, ModelTier):
+                    tier.ready()
             while len(self._kept) >= _ENGINES_KEPT:
                 self._kept.popitem(last=False)
             plan = replace(plan, rules=rules)

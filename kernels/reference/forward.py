@@ -61,7 +61,9 @@ def inverse_frequencies(
       s = (C / w - low_freq_factor) / (high_freq_factor - low_freq_factor)
     - default, and dynamic within its original context: f itself
     """
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    frequencies = 1.0 / (
+        theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    )
     if kind == "linear":
         return frequencies / factor
     if kind != "llama3":
@@ -83,13 +85,15 @@ def rotary_table(
     low_freq_factor: float = 1.0,
     high_freq_factor: float = 1.0,
     original_context: int = 0,
+    prompt: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Cosines and signed sines of positions 0 .. rows-1, computed in float32 and rounded to dtype.
 
-    With `dynamic`, position p >= original_context = C has its own base, that of length p + 1:
-    theta_p = theta (factor (p + 1) / C - (factor - 1))^(D / (D - 2)). A row's angles so never depend on how
-    long the text became later, which is what lets cached keys stand.
+    With `dynamic`, a position has the base of a length n: theta_n = theta (factor n / C - (factor - 1))^(D / (D - 2))
+    where n > C = original_context, theta elsewhere. For positions of the prompt n is the prompt's length; for
+    position p after it n is p + 1, so that its angles never depend on how long the text became later, which is what
+    lets cached keys stand.
 
     Returns:
         [rows, 2, D] dtype on the CPU: [:, 0] = (cos, cos), [:, 1] = (-sin, sin), each half D / 2 wide.
@@ -103,15 +107,16 @@ def rotary_table(
         high_freq_factor=high_freq_factor,
         original_context=original_context,
     )
-    positions = torch.arange(rows, dtype=torch.float32).unsqueeze(1)
+    positions = torch.arange(rows, dtype=torch.float32, device="cpu").unsqueeze(1)
     if kind == "dynamic" and rows > original_context:
         # The base in float64: as a float32 power it would cost the angle of a far position several digits.
-        length = (positions.double() + 1).clamp(min=original_context)
+        length = positions.double() + 1
+        length = length.masked_fill(length <= prompt, prompt).clamp(min=original_context)
         growth = factor * length / original_context - (factor - 1)
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
         bases = theta * growth ** (head_dim / (head_dim - 2))
         grown = (positions.double() * bases**-exponents).float()
-        angles = torch.where(positions < original_context, positions * frequencies, grown)
+        angles = torch.where(length == original_context, positions * frequencies, grown)
     else:
         angles = positions * frequencies
     cos, sin = angles.cos(), angles.sin()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS
 from pyramid_rt.loading.model_tier import ModelTier
+from pyramid_rt.models.backends.choice import exactness
 from pyramid_rt.models.llama import parameter_count
 from pyramid_rt.tuning.compare import BASELINE, MethodReport
 
@@ -125,6 +126,9 @@ def print_info(console: Console, pyramid: Pyramid) -> None:
     lines = {
         "memory": f"{_mib(pyramid.memory_plan.total)} MiB",
         "runs on": machine(pyramid),
+        "exactness": exactness(
+            _models(pyramid)[-1].model.backend.name, _models(pyramid)[-1].model.rotary.dtype
+        ),
         "context": f"{pyramid.max_seq} tokens",
         "methods": ", ".join(
             f"{method} (lossless)" if method in LOSSLESS_METHODS else method for method in pyramid.methods

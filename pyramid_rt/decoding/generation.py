@@ -10,7 +10,7 @@ import torch
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.readback import Snapshot
-from pyramid_rt.decoding.tiers import shared_prefix
+from pyramid_rt.decoding.tiers import PromptTier, shared_prefix
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.params import SamplingParams
@@ -69,6 +69,9 @@ class Generation:
     @torch.inference_mode()
     def start(self) -> Commit:
         """Process the prompt in the target, which gives the first token; the lower tiers follow later."""
+        for tier in self._tiers:
+            if isinstance(tier, PromptTier):
+                tier.begin(len(self._prompt))
         target, end = self._plan.tiers - 1, len(self._prompt)
         self.reused = self._share(target, end - 1)
         chunk = self._engine.chunk

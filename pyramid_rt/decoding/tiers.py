@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,15 @@ class Tier(Protocol):
 
     def reset(self) -> None:
         """Forget the cache's contents, `held` too, so that nothing non-finite in it survives."""
+        ...
+
+
+@runtime_checkable
+class PromptTier(Protocol):
+    """A tier that wants to know how long a text's prompt is; keys may depend on it."""
+
+    def begin(self, prompt: int) -> None:
+        """A text begins whose prompt has so many tokens. `held` gives up what holds no longer."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing the JSON files of a directory: bounded, quick to refuse, never half written.
+"""Reading and writing the files of a directory: bounded, quick to refuse, never half written.
 
 What is at a path is looked at before it is read: a FIFO would block, a device never end. Every error is a
 WeightsError that names the file.
@@ -116,32 +116,41 @@ def write_object(path: Path, content: Mapping[str, Any]) -> None:
         data = text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{_shown(path)}: cannot write it: {error}") from error
+    with whole_file(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path` to write to, which takes its place at the end of a block that raises nothing.
+
+    Raises:
+        WeightsError: the system cannot write it; names `path`.
+    """
     try:
         _remove_abandoned(path)
-        with _temporary(path) as (part, file):
-            file.write(data)
-            file.flush()
+        with _temporary(path) as part:
+            yield part
             os.replace(part, path)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{_shown(path)}: cannot write it: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+def _temporary(path: Path) -> Iterator[Path]:
     """A new file beside `path`, locked by its writer as long as it lives; removed unless it was renamed."""
     while True:
         # A number of the process would not do: threads share it, and so do containers over one volume.
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
-        file = open(part, "xb")  # noqa: SIM115  (closed below)
-        try:
-            _lock(file, wait=True)
-            if os.fstat(file.fileno()).st_nlink == 0:
-                continue  # another writer took it for abandoned before it was locked
-            yield part, file
-            return
-        finally:
-            part.unlink(missing_ok=True)
-            file.close()
+        with open(part, "xb") as file:
+            try:
+                _lock(file, wait=True)
+                if os.fstat(file.fileno()).st_nlink == 0:
+                    continue  # another writer took it for abandoned before it was locked
+                yield part
+                return
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -13,7 +13,7 @@ from pyramid_rt.decoding.tiers import DeviceForward
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.loading.weights import load_llama
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.llama import KVCache, Llama, forward
+from pyramid_rt.models.llama import KVCache, Llama, forward, rotate_prompt
 
 if TYPE_CHECKING:
     from pyramid_rt.kernels.launch import Launch
@@ -38,6 +38,7 @@ class ModelTier:
         self.held: list[int] = []
         self._backend = model.backend.name
         self._parts: tuple[Llama, KVCache] | None = (model, cache)
+        self._rotated = self._original
 
     @classmethod
     def load(
@@ -62,6 +63,20 @@ class ModelTier:
 
     def ready(self) -> None:
         """Take the weights and the cache, where that has not happened yet. Errors as `load`."""
+
+    @property
+    def _original(self) -> int:
+        """Positions up to which the rotary embedding does not depend on the prompt's length."""
+        rope = self.config.rope
+        return rope.original_max_position_embeddings if rope.kind == "dynamic" else self.max_seq
+
+    def begin(self, prompt: int) -> None:
+        """See `PromptTier`."""
+        length = max(prompt, self._original)
+        if length != self._rotated:
+            self.held = []
+            rotate_prompt(self.model, length)
+            self._rotated = length
 
     @property
     def model(self) -> Llama:
@@ -147,6 +162,7 @@ class LaterTier(ModelTier):
         self.name, self.path, self.config, self.max_seq = name, path, config, max_seq
         self.device, self.held = device, []
         self._backend, self._parts, self._load = backend, None, load
+        self._rotated = self._original
 
     def ready(self) -> None:
         if self._parts is not None:

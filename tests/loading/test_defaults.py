@@ -7,7 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from pyramid_rt import InputError, WeightsError
 from pyramid_rt.loading.defaults import check_tunable, write_defaults
@@ -59,6 +61,48 @@ def test_a_link_stays_a_link(tmp_path: Path, tiny_dir: Path) -> None:
     assert write_defaults(directory, {"method": "ar"}) == real
     assert (directory / "pyramid.json").is_symlink()
     assert json.loads(real.read_text()) == {**TIERS, "defaults": {"method": "ar"}}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "words"),
+    [
+        ({"temperature": float("nan")}, "'temperature' must be of type float, found nan"),
+        ({"temperature": 10**400}, "'temperature' must be of type float, found an integer of 1329 bits"),
+        ({"temperature": "x"}, "'temperature' must be of type float, found 'x'"),
+        ({"temperature": b"x"}, "'temperature' must be of type float"),
+        ({"temperature": True}, "'temperature' must be of type float, found True"),
+        ({"temperature": -1.0}, "'defaults': temperature"),
+        ({"draft_length": 2.0}, "'draft_length' must be of type int, found 2.0"),
+        ({"draft_length": 0}, "'defaults': draft_length"),
+        ({"method": "\ud800"}, "'defaults': .*method"),
+        ({"methd": "sd"}, "unknown keys 'methd'"),
+    ],
+)
+def test_nothing_is_written_that_load_would_refuse(
+    tmp_path: Path, tiny_dir: Path, defaults: dict[str, object], words: str
+) -> None:
+    directory = a_directory(tmp_path, tiny_dir, TIERS)
+    with pytest.raises((InputError, WeightsError), match=rf"pyramid\.json.*{words}"):
+        write_defaults(directory, defaults)
+    assert json.loads((directory / "pyramid.json").read_text()) == TIERS
+
+
+def test_what_equals_a_number_is_written_as_one(tmp_path: Path, tiny_dir: Path) -> None:
+    directory = a_directory(tmp_path, tiny_dir, TIERS)
+    file = write_defaults(
+        directory, {"draft_length": np.int64(3), "top_p": np.float32(0.5), "temperature": torch.tensor(1.5)}
+    )
+    assert json.loads(file.read_text())["defaults"] == {"draft_length": 3, "top_p": 0.5, "temperature": 1.5}
+
+
+def test_a_link_to_itself_and_a_file_without_a_target_are_named(tmp_path: Path, tiny_dir: Path) -> None:
+    directory = a_directory(tmp_path, tiny_dir, {"draft": "draft"})
+    with pytest.raises(WeightsError, match=r"pyramid\.json: the target tier is missing"):
+        write_defaults(directory, {"draft_length": 2})
+    (directory / "pyramid.json").unlink()
+    (directory / "pyramid.json").symlink_to("pyramid.json")
+    with pytest.raises(WeightsError, match=r"pyramid\.json: cannot look at it"):
+        write_defaults(directory, {"draft_length": 2})
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(

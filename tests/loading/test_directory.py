@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,31 @@ def test_too_few_rows_for_the_tokenizer(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_dir(model_dir(tmp_path))
     with pytest.raises(WeightsError, match=r"tier 'draft' .* has 4 rows, but its tokenizer has ids up to 4"):
         check_family({"draft": tokenizer, "target": tokenizer}, {"draft": Config(4), "target": Config(8)})
+
+
+def added(path: Path, *tokens: str) -> Tokenizer:
+    """The tokenizer of a model directory, with added tokens."""
+    core = tokenizers.Tokenizer.from_file(str(model_dir(path) / "tokenizer.json"))
+    core.add_tokens(list(tokens))
+    (path / "tokenizer.json").write_text(core.to_str())
+    return Tokenizer.from_dir(path)
+
+
+def test_added_tokens_without_a_row_in_the_target_are_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = added(tmp_path, "[PAD]", "[MASK]")
+    tiers = {"draft": tokenizer, "target": tokenizer}
+    for rows, shared in (((5, 5), 5), ((9, 6), 6), ((6, 5), 5)):
+        configs = {name: Config(count) for name, count in zip(tiers, rows, strict=True)}
+        with caplog.at_level(logging.WARNING, logger="pyramid_rt.loading"):
+            assert check_family(tiers, configs) == shared
+    assert "rows, its tokenizer ids up to 6: those beyond are added tokens" in caplog.text
+    # A token that the target can produce needs a row in the draft; an ordinary one is what text becomes.
+    for rows in ((5, 7), (4, 4)):
+        configs = {name: Config(count) for name, count in zip(tiers, rows, strict=True)}
+        with pytest.raises(WeightsError, match=rf"tier 'draft' .* has {rows[0]} rows"):
+            check_family(tiers, configs)
 
 
 def test_tiers_that_differ_are_named(tmp_path: Path) -> None:
