@@ -98,7 +98,7 @@ def parse_object(path: Path, data: bytes, *, constants: bool = True) -> dict[str
     except ValueError as error:
         raise WeightsError(f"{_shown(path)}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{_shown(path)}: must be a JSON object, found {type(content).__name__}")
+        raise WeightsError(f"{_shown(path)}: expected a JSON object, found {type(content).__name__}")
     return content
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 
 from pyramid_rt.errors import InputError, WeightsError
+from pyramid_rt.loading.json_files import kind_of, parse_object, read_bytes
 from pyramid_rt.text.chat import ChatTemplate, check_messages
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -70,14 +71,18 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        data = _read(path)
-        spec = _parse_object(path, data)
+        data = read_bytes(path)
+        spec = parse_object(path, data)
         try:
             core = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the binding raises bare Exception for whatever it dislikes
             raise WeightsError(f"{path}: not a tokenizer: {error}") from error
         settings_path = directory / SETTINGS_FILE
-        settings = _parse_object(settings_path, _read(settings_path)) if settings_path.exists() else {}
+        settings = (
+            parse_object(settings_path, read_bytes(settings_path))
+            if kind_of(settings_path) is not None
+            else {}
+        )
         return cls(core, directory, hashlib.sha256(data).hexdigest(), spec.get("decoder"), settings)
 
     def encode(self, text: str) -> list[int]:
@@ -182,8 +187,8 @@ class Tokenizer:
     def _template(self) -> ChatTemplate | None:
         """The chat template, compiled at its first use; its own file wins over the settings."""
         path = self.directory / TEMPLATE_FILE
-        if path.exists():
-            return ChatTemplate(_read(path).decode("utf-8", "replace"), str(path))
+        if kind_of(path) is not None:
+            return ChatTemplate(read_bytes(path).decode("utf-8", "replace"), str(path))
         where = f"chat_template in {self.directory / SETTINGS_FILE}"
         value = self._settings.get("chat_template")
         if isinstance(value, list):  # several, by name
@@ -196,13 +201,6 @@ class Tokenizer:
         return ChatTemplate(value, where)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot read it: {error.strerror}") from error
-
-
 def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
     """The types of a decoder from tokenizer.json, of its members where it is a sequence."""
     if decoder is None:
@@ -210,17 +208,6 @@ def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
     if decoder["type"] == "Sequence":
         return set().union(*map(_decoder_kinds, decoder["decoders"]))
     return {decoder["type"]}
-
-
-def _parse_object(path: Path, data: bytes) -> dict[str, Any]:
-    """Read a JSON object, or raise WeightsError naming the file and the place."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _bytes_by_char() -> dict[str, int]:

@@ -126,7 +126,7 @@ def test_a_tier_without_a_model(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("{", "not valid JSON"),
-        ("[]", "must be a JSON object, found list"),
+        ("[]", "expected a JSON object, found list"),
         ({"draft": "."}, "target tier is missing; found only draft"),
         ({"target": 3}, "'target' must be the path"),
         ({"target": ""}, "'target' must be the path"),

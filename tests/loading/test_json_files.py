@@ -26,7 +26,7 @@ def leftovers(folder: Path) -> list[str]:
     ("content", "words"),
     [
         (b"{", "not valid JSON"),
-        (b"[]", "must be a JSON object, found list"),
+        (b"[]", "expected a JSON object, found list"),
         (b"\xff", "not valid JSON"),
         (b'{"a": ' + b"[" * 20000 + b"]" * 20000 + b"}", "nested too deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),

@@ -274,6 +274,23 @@ def test_an_applications_inference_mode_does_not_stick(copy: Path, tiny_dir: Pat
     rt.close()
 
 
+def test_an_applications_default_type_and_device_change_nothing(tiny_dir: Path) -> None:
+    with pyramid_rt.load(tiny_dir, device="cpu") as plain:
+        expected = [(tier.model.rotary, tier.model.embedding) for tier in plain.tiers]  # type: ignore[attr-defined]
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                rt = pyramid_rt.load(tiny_dir, device="cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for tier, tensors in zip(rt.tiers, expected, strict=True):
+            model = tier.model  # type: ignore[attr-defined]
+            for ours, theirs in zip((model.rotary, model.embedding), tensors, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert rt.generate(PROMPT, max_new_tokens=9).tokens == plain.generate(PROMPT, max_new_tokens=9).tokens
+        rt.close()
+
+
 # Dynamic rope against transformers, whose prompt has one base for all of its positions.
 
 
