@@ -31,13 +31,21 @@ class ModelTier:
         held: token ids in the cache, see `Tier`.
     """
 
+    _parts: tuple[Llama, KVCache] | None
+
     def __init__(self, name: str, model: Llama, cache: KVCache, max_seq: int, path: Path) -> None:
-        self.name, self.max_seq, self.path = name, max_seq, path
-        self.config: LlamaConfig = model.config
-        self.device: torch.device = cache.buffer.device
+        self._begin(name, path, model.config, max_seq, cache.buffer.device, model.backend.name)
+        self._parts = (model, cache)
+
+    def _begin(
+        self, name: str, path: Path, config: LlamaConfig, max_seq: int, device: torch.device, backend: str
+    ) -> None:
+        """Everything but weights and cache."""
+        self.name, self.path, self.config, self.max_seq = name, path, config, max_seq
+        self.device, self._backend = device, backend
         self.held: list[int] = []
-        self._backend = model.backend.name
-        self._parts: tuple[Llama, KVCache] | None = (model, cache)
+        self._parts = None
+        # The prompt's length that the rotary table is for.
         self._rotated = self._original
 
     @classmethod
@@ -159,10 +167,8 @@ class LaterTier(ModelTier):
         backend: str,
         load: Callable[[], ModelTier],
     ) -> None:
-        self.name, self.path, self.config, self.max_seq = name, path, config, max_seq
-        self.device, self.held = device, []
-        self._backend, self._parts, self._load = backend, None, load
-        self._rotated = self._original
+        self._begin(name, path, config, max_seq, device, backend)
+        self._load = load
 
     def ready(self) -> None:
         if self._parts is not None:
