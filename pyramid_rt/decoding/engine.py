@@ -156,6 +156,34 @@ class Engine:
         start = torch.full((), begin, device=self.state.tokens.device)
         self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
 
+    def whole_chunks(self, level: int, prompt: int) -> int:
+        """How many of a prompt's first tokens a tier takes by `fill_chunk`: 0 where it has no such way."""
+        tier = self._bulk_tier(level)
+        return 0 if tier is None else tier.whole_chunks(prompt)
+
+    def bulk(self, level: int) -> int:
+        """How many leading positions of a tier's cache `fill_chunk` made."""
+        tier = self._bulk_tier(level)
+        return 0 if tier is None else tier.bulk
+
+    def keep(self, level: int, count: int) -> None:
+        """Give up what a tier holds from position `count` on."""
+        tier = self.tiers[level]
+        tier.held = tier.held[:count]
+        bulk = self._bulk_tier(level)
+        if bulk is not None:
+            bulk.bulk = min(bulk.bulk, count)
+
+    def fill_chunk(self, level: int, begin: int) -> int:
+        """A chunk of the prompt into a tier's cache; where it ends."""
+        tier = self._bulk_tier(level)
+        assert tier is not None
+        return tier.fill_chunk(self.state.tokens, begin)
+
+    def _bulk_tier(self, level: int) -> DeviceTier | None:
+        tier = self.tiers[level]
+        return cast(DeviceTier, tier) if getattr(tier, "device_rounds", False) else None
+
     def first_token(self, begin: int, end: int) -> None:
         """The same with the prompt's last tokens, up to `chunk`, in the target, which commits the token after."""
         if self._fillers is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyramid_rt.decoding.tiers import DeviceForward
 from pyramid_rt.loading.weights import load_llama
+from pyramid_rt.models.backends import bulk
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, Llama, forward
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelTier:
-    """A Llama and its static cache."""
+    """A Llama and its static cache.
+
+    Attributes:
+        bulk: leading positions of the cache that `fill_chunk` made.
+    """
 
     name: str
     model: Llama
@@ -29,6 +34,7 @@ class ModelTier:
     max_seq: int
     path: Path
     held: list[int] = field(default_factory=list)
+    bulk: int = 0
 
     @classmethod
     def load(
@@ -68,6 +74,19 @@ class ModelTier:
     def device_rounds(self) -> bool:
         return self.model.backend.name == "triton"
 
+    def whole_chunks(self, prompt: int) -> int:
+        """See `DeviceTier`."""
+        return bulk.whole_chunks(prompt)
+
+    def fill_chunk(self, tokens: Tensor, begin: int) -> int:
+        """See `DeviceTier`."""
+        end = begin + bulk.CHUNK
+        start = torch.full((), begin, device=self.device)
+        model = replace(self.model, backend=bulk.BulkBackend())
+        forward(model, self.cache, tokens[begin:end], start, rows=None, kv_bound=end)
+        self.bulk = end
+        return end
+
     def device_forward(self, request: DeviceForward) -> Sequence[Launch]:
         from pyramid_rt.kernels.forward.head import Noise, Placement
         from pyramid_rt.models.backends.triton import HeadOutputs, plan_pass
@@ -93,5 +112,5 @@ class ModelTier:
         )
 
     def reset(self) -> None:
-        self.held = []
+        self.held, self.bulk = [], 0
         self.cache.buffer.zero_()
