@@ -23,7 +23,8 @@ from pyramid_rt.text.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_SEQ = 4096
 
-GRAPHS = "graphs"  # what `load` calls the capture of graphs where it reports progress
+# What `load` calls the compilation of kernels and the capture of graphs where it reports progress.
+KERNELS, GRAPHS = "kernels", "graphs"
 Progress = Callable[[str, int, int], None]
 
 
@@ -56,8 +57,9 @@ def load(
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
         graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
             default method are captured here, others at first use or by `Pyramid.prepare`.
-        progress: called with (tier, bytes read, bytes in all), and while graphs are captured with
-            ("graphs", works captured, works in all).
+        progress: called with (tier, bytes read, bytes in all), while kernels are compiled with ("kernels", launches
+            whose kernels are there, launches in all), and while graphs are captured with ("graphs", works captured,
+            works in all).
 
     Raises:
         WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
@@ -101,7 +103,9 @@ def load(
         graphs=graphs,
     )
     if pyramid.graphs:
-        pyramid.prepare(progress=None if progress is None else _named(progress, GRAPHS))
+        told = None if progress is None else _named(progress, GRAPHS)
+        compiling = None if progress is None else _named(progress, KERNELS)
+        pyramid.prepare(progress=told, compiling=compiling)
     return pyramid
 
 

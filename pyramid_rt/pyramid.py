@@ -122,6 +122,10 @@ class Pyramid:
         """Whether outer rounds run as CUDA graphs."""
         return self._recorder is not None
 
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work that reads nothing back as rounds would run it: a CUDA graph of it, or itself without graphs."""
+        return work if self._recorder is None else self._recorder.capture(work)
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The named methods these tiers can run."""
@@ -193,7 +197,11 @@ class Pyramid:
         self.close()
 
     def prepare(
-        self, *, progress: Callable[[int, int], None] | None = None, **options: Unpack[Options]
+        self,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        compiling: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
     ) -> int:
         """Take the buffers and capture the graphs that calls with these options will use, ahead of the first.
 
@@ -203,6 +211,7 @@ class Pyramid:
 
         Args:
             progress: called with (works captured, works in all), before the first and after each.
+            compiling: called likewise with launches, while kernels are compiled, which comes first.
             options: as of `generate`; those that play no part are ignored.
 
         Returns: how many graphs were captured; 0 where all were there.
@@ -216,6 +225,7 @@ class Pyramid:
         try:
             engine = self._engine(tiers, plan)
             with torch.inference_mode():
+                engine.compile(compiling)
                 return engine.prepare(progress)
         finally:
             self._gate.leave()

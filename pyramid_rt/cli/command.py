@@ -356,12 +356,10 @@ def _loaded(arguments: argparse.Namespace) -> Iterator[Pyramid]:
         tasks: dict[str, Any] = {}
 
         def advance(what: str, done: int, total: int) -> None:
-            captures = what == api.GRAPHS
+            titles = {api.KERNELS: "compiling kernels", api.GRAPHS: "capturing graphs"}
             if what not in tasks:
-                tasks[what] = bar.add_task(
-                    "capturing graphs" if captures else f"loading {what}", total=total, amount=""
-                )
-            amount = f"{done} of {total}" if captures else f"{decimal(done)} of {decimal(total)}"
+                tasks[what] = bar.add_task(titles.get(what, f"loading {what}"), total=total, amount="")
+            amount = f"{done} of {total}" if what in titles else f"{decimal(done)} of {decimal(total)}"
             bar.update(tasks[what], completed=done, amount=amount)
 
         pyramid = api.load(path, progress=advance, **options)

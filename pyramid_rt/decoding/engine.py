@@ -26,6 +26,10 @@ class WindowRoundRunner(RoundRunner, Protocol):
         """Where the next `fill` or `first` begins."""
         ...
 
+    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels of a round; see `Engine.compile`."""
+        ...
+
     def fill(self, level: int) -> None:
         """The 64 tokens from `place` on into a tier's cache."""
         ...
@@ -118,6 +122,16 @@ class Engine:
         """Kernel launches of an outer round; None where torch decides how many."""
         count = self._rounds.launches()
         return None if count is None else count + 1  # and the report
+
+    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels of a round, where rounds are made of them: seconds for each that no cache on disk has.
+
+        Args:
+            progress: called with (launches whose kernels are compiled, launches in all), before the first and after
+                each.
+        """
+        if self._fillers is not None and self.state.tokens.device.type == "cuda":
+            self._fillers.compile(progress)
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Capture what will be needed, for every length of text; how many graphs were new.

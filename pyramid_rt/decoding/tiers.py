@@ -123,7 +123,7 @@ class DeviceTier(Tier, Protocol):
         ...
 
     def fill_chunk(self, tokens: Tensor, begin: int) -> int:
-        """Process a chunk of the token buffer [max_seq + 64] from `begin`, a multiple of a chunk, on; where it ends."""
+        """Process a chunk of the token buffer [max_seq + 64] from `begin` on, a multiple of chunks; where it ends."""
         ...
 
     def device_forward(self, request: DeviceForward) -> Sequence[Runnable]:
