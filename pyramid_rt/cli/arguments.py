@@ -164,7 +164,9 @@ def _add_init(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(commands, "demo", "complete some Python code, fast beside slow, and compare all methods")
+    parser = _command(
+        commands, "demo", "complete some Python code, fast beside slow, and compare all methods"
+    )
     _add_loading_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=96, help="length of each output (96)")
     parser.add_argument("--repeats", type=int, default=3, help="how often all is measured (3)")
@@ -176,7 +178,9 @@ def _add_info(commands: Any) -> None:
 
 
 def _add_tune(commands: Any) -> None:
-    parser = _command(commands, "tune", "find a pyramid's fastest defaults and write them to its pyramid.json")
+    parser = _command(
+        commands, "tune", "find a pyramid's fastest defaults and write them to its pyramid.json"
+    )
     parser.add_argument("weights", type=Path, metavar="DIR", help="weights directory with two tiers or more")
     _add_device_flags(parser)
     for flag, kind, text in TUNE_FLAGS:

@@ -64,7 +64,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     with _loaded(arguments) as pyramid:
         if arguments.json:
             result = pyramid.generate(prompt, ignore_eos=arguments.ignore_eos, **given)
-            print(json.dumps(report.result_object(result)))
+            print(json.dumps(result.to_dict()))
             return 0
         with contextlib.closing(pyramid.stream(prompt, ignore_eos=arguments.ignore_eos, **given)) as stream:
             _show(stream)

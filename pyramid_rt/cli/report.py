@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -21,20 +20,6 @@ if TYPE_CHECKING:
     from pyramid_rt.result import GenerationResult
 
 MIB = 2**20
-
-
-def result_object(result: GenerationResult) -> dict[str, Any]:
-    """Return a result as the JSON object that ``generate --json`` prints."""
-    content = {
-        "text": result.text,
-        "tokens": list(result.tokens),
-        "finish_reason": result.finish_reason,
-        "seed": result.seed,
-        "stats": result.stats.to_dict(),
-    }
-    if result.logprobs is not None:
-        content["logprobs"] = [asdict(entry) for entry in result.logprobs]
-    return content
 
 
 def summary(result: GenerationResult) -> str:
