@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pyramid_rt import __version__
+from pyramid_rt import __version__, checks
 from pyramid_rt.errors import InputError
 
 PROGRAM = "pyramid-rt"
@@ -94,6 +94,13 @@ def option_name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+def _path(text: str) -> Path:
+    try:
+        return checks.path("it", text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake as the rest of the program does, in one line."""
 
@@ -133,7 +140,7 @@ def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParse
 
 
 def _add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="weights directory; the demo pyramid")
+    parser.add_argument("--weights", type=_path, metavar="DIR", help="weights directory; the demo pyramid")
     _add_device_flags(parser)
 
 
@@ -157,9 +164,9 @@ def _add_generate(commands: Any) -> None:
 
 def _add_init(commands: Any) -> None:
     parser = _command(commands, "init", "write a pyramid.json that names model directories")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write it")
+    parser.add_argument("directory", type=_path, metavar="DIR", help="where to write it")
     for flag, required, text in INIT_FLAGS:
-        parser.add_argument(flag, type=Path, metavar="MODEL", required=required, help=text)
+        parser.add_argument(flag, type=_path, metavar="MODEL", required=required, help=text)
     parser.add_argument("--force", action="store_true", help="replace a pyramid.json that is there")
 
 
@@ -181,11 +188,11 @@ def _add_tune(commands: Any) -> None:
     parser = _command(
         commands, "tune", "find a pyramid's fastest defaults and write them to its pyramid.json"
     )
-    parser.add_argument("weights", type=Path, metavar="DIR", help="weights directory with two tiers or more")
+    parser.add_argument("weights", type=_path, metavar="DIR", help="weights directory with two tiers or more")
     _add_device_flags(parser)
     for flag, kind, text in TUNE_FLAGS:
         parser.add_argument(flag, type=kind, help=text)
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help=PROMPTS_HELP)
+    parser.add_argument("--prompts", type=_path, metavar="FILE", help=PROMPTS_HELP)
     parser.add_argument("--lossy", action="store_true", help="consider fsd, psd_a and psd_f too")
     parser.add_argument("--dry-run", action="store_true", help="print only; pyramid.json stays as it is")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write all measurements to this file")

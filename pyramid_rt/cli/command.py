@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,12 +18,12 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pyramid_rt import api
-from pyramid_rt.cli import report, tune_report
-from pyramid_rt.cli.arguments import GENERATION_FLAGS, LOADING_FLAGS, option_name
+from pyramid_rt.cli import race, report, tune_report
+from pyramid_rt.cli.arguments import GENERATION_FLAGS, LOADING_FLAGS, PROGRAM, option_name
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading import directory
 from pyramid_rt.loading.defaults import check_tunable, write_defaults
-from pyramid_rt.params import Options
+from pyramid_rt.params import SamplingParams
 from pyramid_rt.text.prompts import FilePrompt, encode, read_prompts
 from pyramid_rt.tuning.compare import compare
 from pyramid_rt.tuning.search import TuneOptions, tune
@@ -27,6 +31,11 @@ from pyramid_rt.tuning.search import TuneOptions, tune
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
 
+_LOG = logging.getLogger(__name__)
+_NEVER_TUNED = (
+    "this pyramid was never tuned: %s with lengths that suit no one in particular may be slower than ar; "
+    "pyramid-rt tune %s --prompts FILE finds what is fastest"
+)
 DEMO_BUDGET_SECONDS = 60.0
 DEMO_PREFIX = '''class Stack:
     """A last-in, first-out container."""
@@ -53,15 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
         "info": _run_info,
         "tune": _run_tune,
     }
-    return commands[arguments.command](arguments)
+    with _notes():
+        return commands[arguments.command](arguments)
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:
+    if arguments.logprobs is not None and not arguments.json:
+        raise InputError("--logprobs needs --json: streamed text has no place for them")
     prompt = _prompt(arguments)
     given = _given(arguments, GENERATION_FLAGS)
     if arguments.stop is not None:
         given["stop"] = arguments.stop
     with _loaded(arguments) as pyramid:
+        if len(pyramid.tiers) > 1 and not {"method"} & (given.keys() | pyramid.defaults.keys()):
+            _LOG.warning(_NEVER_TUNED, pyramid.default_method, arguments.weights)
         if arguments.json:
             result = pyramid.generate(prompt, ignore_eos=arguments.ignore_eos, **given)
             print(json.dumps(result.to_dict()))
@@ -84,16 +98,19 @@ def _run_init(arguments: argparse.Namespace) -> int:
 def _run_demo(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise InputError(f"--repeats must be at least 1, found {arguments.repeats}")
+    # Greedy, a model this small soon repeats itself.
+    params = SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_new_tokens=arguments.max_new_tokens)
     with _loaded(arguments) as pyramid:
-        console = Console(highlight=False, soft_wrap=True)
+        console = _stdout()
         console.print(report.machine(pyramid), style="dim")
-        console.rule(f"a completion by {pyramid.default_method}, as it is committed")
-        sys.stdout.write(DEMO_PREFIX)
-        # Greedy, a model this small soon repeats itself.
-        sampling = Options(temperature=0.7, top_p=0.9, seed=1, max_new_tokens=arguments.max_new_tokens)
-        with contextlib.closing(pyramid.stream(DEMO_PREFIX, **sampling)) as stream:
-            _show(stream)
-            console.print(report.summary(stream.result), style="dim")
+        if console.is_terminal and len(race.contenders(pyramid)) > 1 and params.max_new_tokens > 0:
+            _side_by_side(console, pyramid, params)
+        else:
+            console.rule(f"a completion by {pyramid.default_method}, as it is committed")
+            sys.stdout.write(DEMO_PREFIX)
+            with contextlib.closing(pyramid.stream(DEMO_PREFIX, params)) as stream:
+                _show(stream)
+                console.print(report.summary(stream.result), style="dim")
         console.rule("the methods on this machine")
         with _stderr().status("measuring") as status:
             rows = compare(
@@ -109,9 +126,20 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _side_by_side(console: Console, pyramid: Pyramid, params: SamplingParams) -> None:
+    """Plain decoding beside the fastest lossless method, both typing the same completion."""
+    console.rule("the same completion, slow and fast")
+    recordings = []
+    with _stderr().status("") as status:
+        for method in race.contenders(pyramid):
+            status.update(f"running {method}")
+            recordings.append(race.record(pyramid, DEMO_PREFIX, method, params))
+    race.play(console, DEMO_PREFIX, recordings[0], race.fastest(recordings))
+
+
 def _run_info(arguments: argparse.Namespace) -> int:
     with _loaded(arguments) as pyramid:
-        report.print_info(Console(highlight=False), pyramid)
+        report.print_info(_stdout(), pyramid)
     return 0
 
 
@@ -127,8 +155,8 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     )
     if arguments.max_differs is not None and not arguments.lossy:
         raise InputError("--max-differs needs --lossy: lossless methods do not differ")
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise InputError(f"--json: {arguments.json.parent} is no directory")
+    if arguments.json is not None:
+        _check_output("--json", arguments.json)
     check_tunable(arguments.weights, writing=not arguments.dry_run)
     prompts = _tune_prompts(arguments)
     with _loaded(arguments) as pyramid:
@@ -137,19 +165,53 @@ def _run_tune(arguments: argparse.Namespace) -> int:
         with _stderr().status("measuring") as status:
             tuning = tune(pyramid, ids, options, on_step=lambda step: status.update(f"measuring: {step}"))
         machine = report.machine(pyramid)
-    console = Console(highlight=False, soft_wrap=True)
+    # Before anything is shown or written elsewhere, which may fail: this is what the minutes were spent for.
+    file = None if arguments.dry_run else write_defaults(arguments.weights, tuning.defaults())
+    if arguments.json is not None:
+        _write(arguments.json, json.dumps(tune_report.tuning_object(tuning, machine), indent=1) + "\n")
+    console = _stdout()
     console.print(machine, style="dim")
     tune_report.print_tuning(console, tuning)
-    if arguments.json is not None:
-        content = json.dumps(tune_report.tuning_object(tuning, machine), indent=1)
-        arguments.json.write_text(content + "\n", encoding="utf-8")
     chosen = json.dumps(tuning.defaults())
-    if arguments.dry_run:
-        console.print(f"Not written (--dry-run): {chosen}", markup=False)
-    else:
-        file = write_defaults(arguments.weights, tuning.defaults())
-        console.print(f"Written to {file}: {chosen}", markup=False)
+    done = "Not written (--dry-run)" if file is None else f"Written to {file}"
+    console.print(f"{done}: {chosen}", markup=False, soft_wrap=True)
     return 0
+
+
+def _check_output(flag: str, file: Path) -> None:
+    """Refuse before any work a file that cannot be written in the end."""
+    if not file.parent.is_dir():
+        raise InputError(f"{flag}: {file.parent} is no directory")
+    if file.is_dir():
+        raise InputError(f"{flag}: {file} is a directory, expected a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{flag}: {file} cannot be written")
+
+
+def _write(file: Path, content: str) -> None:
+    """A whole file, or none: what was there stays where the new content does not fit."""
+    part = file
+    try:
+        if file.exists() and not file.is_file():  # a device or a pipe
+            file.write_text(content, encoding="utf-8")
+            return
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name[:50]}.", delete=False
+        ) as handle:
+            part = Path(handle.name)
+            handle.write(content)
+        part.chmod(0o666 & ~_umask())
+        os.replace(part, file.resolve())
+    except OSError as error:
+        if part != file:
+            part.unlink(missing_ok=True)
+        raise InputError(f"{file}: cannot write it: {error.strerror}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _tune_prompts(arguments: argparse.Namespace) -> list[FilePrompt]:
@@ -224,5 +286,35 @@ def _show(stream: Any) -> None:
         print(flush=True)
 
 
+def _stdout() -> Console:
+    """Words wrap at the edge of a terminal; elsewhere a sentence is a line."""
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, soft_wrap=not terminal)
+
+
 def _stderr() -> Console:
     return Console(stderr=True)
+
+
+class _Notes(logging.Handler):
+    """What the library warns of, each once, as a line on standard error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = " ".join(record.getMessage().split())
+        if said not in self._said:
+            self._said.add(said)
+            print(f"{PROGRAM}: {said}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    logger, handler = logging.getLogger("pyramid_rt"), _Notes()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

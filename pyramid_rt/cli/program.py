@@ -30,14 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: arguments without the program's name. None: those of this process, which is then taken to be the
-            program's own: Ctrl-C ends it at any moment, and standard streams that are closed or cannot show a
-            character are made to do. With arguments given, nothing of the process is touched.
+            program's own: Ctrl-C ends it at any moment before it is done, and standard streams that are closed or
+            cannot show a character are made to do. With arguments given, nothing of the process is touched.
     """
     if argv is not None:
         return _status(argv, None)
     _open_streams()
     interrupts = _Interrupts.take()
-    return _status(sys.argv[1:], interrupts)
+    status = _status(sys.argv[1:], interrupts)
+    if interrupts is not None:
+        # All is said and done. The interpreter's own end would put the handler away and die of the signal.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 class _Interrupts:
