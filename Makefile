@@ -5,9 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WEIGHTS ?= weights/smollm2
 ARCHS ?= sm_89 sm_90
+FUZZ_SECONDS ?= 1200
+FUZZ_SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real train-demo test lint kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test fuzz lint kernels bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +33,9 @@ test demo-real: export OMP_WAIT_POLICY ?= passive
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev ## run every check
 	@$(BIN)/pytest -n auto --dist worksteal
+
+fuzz: $(VENV)/.dev ## look for inputs that break it: FUZZ_SECONDS for each of three kinds, FUZZ_SEED
+	@PYTHONPATH=tests $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .

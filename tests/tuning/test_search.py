@@ -15,9 +15,8 @@ import pytest
 from helpers.positions import VOCAB, FakeClock, logits_of, pyramid_of, related
 from rich.console import Console
 
-from pyramid_rt import InputError, Pyramid, load
+from pyramid_rt import InputError, Pyramid, cli, load
 from pyramid_rt.api import demo_weights
-from pyramid_rt.cli import command as cli
 from pyramid_rt.cli.tune_report import described, print_tuning, tuning_object, words
 from pyramid_rt.tuning.search import TuneOptions, Tuning, choose, tune
 
