@@ -50,8 +50,8 @@ wheel: $(VENV)/.runtime ## build dist/*.whl
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-clean: ## remove what was installed and built here, and the fetched weights
-	@rm -rf $(VENV) build dist weights *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what was installed and built here; weights stay
+	@rm -rf $(VENV) build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # With an NVIDIA GPU and a torch that is new enough, that torch stays: it fits the driver. With a GPU and no
 # such torch, the newest is installed with the rest; without a GPU, the version the project is tested with.
