@@ -175,3 +175,22 @@ def test_mypy_finds_the_package_from_a_user_project(kind: str, tree: Path, tmp_p
 def test_the_embedded_weights_stay_small() -> None:
     demo = ROOT / "pyramid_rt" / "demo"
     assert sum(file.stat().st_size for file in demo.rglob("*.safetensors")) <= 40 * 10**6
+
+
+def test_every_commit_is_checked_by_the_versions_of_ci(project: dict[str, Any]) -> None:
+    pins = dict(pin.split("==") for pin in project["project"]["optional-dependencies"]["lint"] if "==" in pin)
+    assert pins.keys() == {"ruff", "mypy"}
+    config = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    repeated = re.findall(r'"(\w+)==([^"]+)"', config)
+    assert repeated, "no pinned hook"
+    assert all(pins[name] == version for name, version in repeated), (repeated, pins)
+    # The hook for types runs what CI runs, in the environment that the pins made.
+    assert "entry: make types" in config
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("ruff check", "ruff format --check", "mypy"):
+        assert re.search(rf"^\t@\$\(BIN\)/{command}", makefile, re.MULTILINE), command
+
+
+def test_cleaning_leaves_weights() -> None:
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nclean:")[1].split("\n\n")[0]
+    assert "weights" not in recipe.split("\n\t", 1)[1]
