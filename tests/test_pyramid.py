@@ -32,7 +32,7 @@ OTHERS = ("sd", "psd")
 
 
 def same_tokens(found, expected, pyramid, prompt_ids):
-    """Equal, or first different where the target's two best scores lie within 1e-4 (DESIGN, section 7)."""
+    """Equal, or first different where the target's two best scores lie within 1e-4."""
     if found == expected:
         return
     at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)

@@ -98,7 +98,7 @@ def shared_bytes(config: ProjectionConfig, itemsize: int) -> int:
 
 
 def attention_shared_bytes(config: AttentionConfig, head_dim: int, itemsize: int) -> int:
-    """Likewise of K and V."""
+    """The same of K and V."""
     return 2 * config.block_n * head_dim * itemsize * (config.num_stages - 1)
 
 
