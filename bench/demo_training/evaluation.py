@@ -1,4 +1,4 @@
-"""What the demo pyramid is worth: agreement of its tiers, and whether what it writes is Python.
+"""The worth of the demo pyramid: agreement of its tiers, and the share of its texts that is Python.
 
     python -m bench.demo_training.evaluation --weights pyramid_rt/demo --work build/demo
 
@@ -50,7 +50,7 @@ INCOMPLETE = "incomplete input"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Python says of one completion; `distinct` is the share of different lines."""
+    """Python's verdict on one completion; `distinct` is the share of different lines."""
 
     parses: bool
     valid: bool
