@@ -38,7 +38,7 @@ DROPPED = {"draft": range(9, 19), "qualifier": range(12, 17), "target": range(0)
 # short proposals.
 DEFAULTS = {"method": "ar", "draft_length": 2, "qualifier_length": 4}
 NEW_TOKENS = 200
-# A float32 backend may round two near-equal scores the other way; DESIGN §7 fixes how near is near.
+# A float32 backend may round two near-equal scores the other way; so near a tie is not counted as a difference.
 NEAR_TIE = 1e-4
 DEFAULT_FIXTURE = Path(__file__).parent / "results" / "smollm2_greedy.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

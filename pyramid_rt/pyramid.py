@@ -59,7 +59,7 @@ class Pyramid:
         eos_token_ids: ids that end a sequence.
         vocab_size: columns decoded over; by default the fewest that any tier has.
         defaults: options that calls do not give.
-        control: "host" (default on a CPU) or "device" (default elsewhere); see DESIGN, section 6.
+        control: "host" (default on a CPU) or "device" (default elsewhere): who ends an inner round.
         plan: the memory plan it was loaded by.
         prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
             that grows) is not processed again from its start.
@@ -120,7 +120,7 @@ class Pyramid:
 
     @property
     def graphs(self) -> bool:
-        """Whether outer rounds run as CUDA graphs."""
+        """True where outer rounds run as CUDA graphs."""
         return self._recorder is not None
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -134,7 +134,7 @@ class Pyramid:
 
     @property
     def default_method(self) -> str:
-        """What a call without `method` runs; "chain" where the pyramid was given rules of its own."""
+        """The method of a call that names none; "chain" where the pyramid was given rules of its own."""
         if self.rules is not None:
             return CHAIN
         named = self.defaults.get("method")
@@ -419,7 +419,7 @@ class _Run:
         if self._text is not None:
             piece = self._text.push(commit.tokens)
             if self._text.stopped:
-                # The device may have run on past the stop string; those tokens are nobody's.
+                # Tokens that the device decoded past the stop string are discarded.
                 del self.tokens[self._text.tokens_used :], self._logprobs[self._text.tokens_used :]
         self._busy += time.perf_counter() - begin
         if self._first is None:
@@ -431,7 +431,7 @@ class _Run:
         self._generation.close()
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text held back so far, now that nothing follows."""
         return self._text.flush() if self._text is not None else ""
 
     def result(self, reason: FinishReason | None = None) -> GenerationResult:

@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""The result of a generation: text, tokens, statistics."""
 
 from __future__ import annotations
 

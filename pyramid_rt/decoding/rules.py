@@ -1,4 +1,4 @@
-"""Acceptance rules: what decides how long a prefix of a proposal stands (DESIGN: "Rules").
+"""Acceptance rules: what decides how long a prefix of a proposal stands .
 
 A rule is a small frozen object with no state. `judge` sees one verify: R proposed tokens, the verifying tier's
 raw and processed rows for them, and what the proposing tier handed up.

@@ -279,7 +279,7 @@ class FakePyramid:
 
 
 def test_compare_takes_turns_and_sums_up() -> None:
-    fake = FakePyramid()
+    fake: Any = FakePyramid()
     rows = compare(fake, ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=2)
     turn = [("a", "ar"), ("a", "sd"), ("a", "fsd"), ("b", "ar"), ("b", "sd"), ("b", "fsd")]
     assert fake.calls[3:] == turn * 2
@@ -298,7 +298,8 @@ def test_compare_takes_turns_and_sums_up() -> None:
     [("", "on all 2 prompts: sd is equal"), ("sd", "sd is NOT equal to ar: 1 of 2 outputs")],
 )
 def test_the_verdict_says_so_when_lossless_is_not(wrong: str, words: str) -> None:
-    rows = compare(FakePyramid(wrong), ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=1)
+    fake: Any = FakePyramid(wrong)
+    rows = compare(fake, ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=1)
     out = io.StringIO()
     report.print_comparison(Console(file=out, width=100), rows, 2, 5)
     assert words in out.getvalue()
