@@ -226,7 +226,7 @@ def measure_random(
         "qualifier_length": 10,
         "ignore_eos": True,
     }
-    options = {method: {**base, "method": method} for method in ("ar", "sd", "psd")}
+    options = {method: {**base, "method": method} for method in methods_of(len(shapes))}
     result: dict[str, Any] = {"backend": backend, "shapes": [shape.name for shape in shapes], "rounds": []}
     generator = torch.Generator().manual_seed(1)
     context = min(CONTEXT, max_seq - 450)
@@ -235,10 +235,11 @@ def measure_random(
     for kind, graphs in KINDS.items() if device.type == "cuda" else [("eager", False)]:
         pyramid = Pyramid(tiers, control="device", prefix_reuse=False, graphs=graphs)
         if not graphs:
-            params = SamplingParams.build(options["psd"])
+            largest = options[methods_of(len(shapes))[-1]]
+            params = SamplingParams.build(largest)
             plan = plan_memory(
                 configs,
-                pyramid.make_plan(params, pyramid._chosen(options["psd"])[3]),
+                pyramid.make_plan(params, pyramid._chosen(largest)[3]),
                 pyramid.vocab_size,
                 max_seq,
                 dtype,
@@ -288,12 +289,12 @@ def measure_demo(device: torch.device, dtype: str, backend: str, new_tokens: int
 
 
 def device_name(device: torch.device) -> str:
-    """What a result file calls it."""
+    """Its name in a result file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def verdicts(content: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What is wrong, and which goals are missed, in words."""
+    """Faults and missed goals, in words."""
     wrong: list[str] = []
     missed: list[str] = []
     for name, section in content["sections"].items():
@@ -333,12 +334,34 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", action="append", choices=("torch", "triton"), help="default: both; torch on a CPU"
     )
+    parser.add_argument(
+        "--shapes", default="1b,3b,8b", help="of the pyramid, small to large, by commas; with --device cuda"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="no section begins after three quarters of them"
     )
     parser.add_argument("--commit", default=None, help="for the result file, where git does not know")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        options.shapes = shapes_named(options.shapes)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def shapes_named(names: str) -> tuple[Shape, ...]:
+    """One to three shapes by the ends of their names, as "1b,8b". Raises ValueError."""
+    known = {shape.name.rsplit("-", 1)[-1]: shape for shape in SHAPES}
+    wanted = names.split(",")
+    if not 1 <= len(wanted) <= len(NAMES) or not set(wanted) <= set(known):
+        raise ValueError(f"--shapes {names}: expected one to {len(NAMES)} of {', '.join(known)}, by commas")
+    return tuple(known[name] for name in wanted)
+
+
+def methods_of(tiers: int) -> tuple[str, ...]:
+    """The methods whose rounds are measured: one for every number of tiers that there is."""
+    return ("ar", "sd", "psd")[:tiers]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -347,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     begin, device = time.monotonic(), torch.device(options.device)
     cuda = device.type == "cuda"
     backends = options.backend or (["triton", "torch"] if cuda else ["torch"])
-    shapes, prompts = (SHAPES, (128, 1024, 8192)) if cuda else (TINY, (16, 70))
+    shapes, prompts = (options.shapes, (128, 1024, 8192)) if cuda else (TINY, (16, 70))
     content: dict[str, Any] = {
         "environment": {**environment(options.commit), "device": device_name(device)},
         "sections": {},

@@ -125,9 +125,15 @@ def check_scalar(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.de
 
 
 @cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.int64, device=device)
+
+
 def always(device: torch.device) -> Tensor:
     """[1] int64 on the device, 1: the word of launches that are never skipped. Made once, nobody writes to it."""
-    return torch.ones(1, dtype=torch.int64, device=device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _one(device)
 
 
 def live_word(live: Tensor | None, device: torch.device) -> Tensor:

@@ -21,14 +21,15 @@ from pyramid_rt.loading.model_tier import LaterTier, ModelTier
 from pyramid_rt.loading.weights import check_model, read_config
 from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.params import Options, SamplingParams
+from pyramid_rt.params import Options, SamplingParams, merged_options
 from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
 from pyramid_rt.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_SEQ = 4096
 
-GRAPHS = "graphs"  # what `load` calls the capture of graphs where it reports progress
+# What `load` calls the compilation of kernels and the capture of graphs where it reports progress.
+KERNELS, GRAPHS = "kernels", "graphs"
 Progress = Callable[[str, int, int], None]
 
 _log = logging.getLogger("pyramid_rt.loading")
@@ -66,8 +67,9 @@ def load(
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
         graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
             default method are captured here, others at first use or by `Pyramid.prepare`.
-        progress: called with (tier, bytes read, bytes in all), and while graphs are captured with
-            ("graphs", works captured, works in all).
+        progress: called with (tier, bytes read, bytes in all), while kernels are compiled with ("kernels", launches
+            whose kernels are there, launches in all), and while graphs are captured with ("graphs", works captured,
+            works in all).
 
     Raises:
         WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
@@ -105,20 +107,27 @@ def load(
         graphs=graphs,
     )
     if pyramid.graphs:
-        pyramid.prepare(progress=None if progress is None else _named(progress, GRAPHS))
+        told = None if progress is None else _named(progress, GRAPHS)
+        compiling = None if progress is None else _named(progress, KERNELS)
+        pyramid.prepare(progress=told, compiling=compiling)
     return pyramid
 
 
 def generate(
-    weights_dir: str | Path, prompt: Prompt, *, device: str | None = None, **options: Unpack[Options]
+    weights_dir: str | Path,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    device: str | None = None,
+    **options: Unpack[Options],
 ) -> str:
     """Load, decode and return the text: for a script. An application keeps what `load` gives.
 
     Options are those of `Pyramid.generate`; errors those of `load` and `Pyramid.generate`.
     """
-    SamplingParams.build(options)
+    SamplingParams.build(merged_options(params, options))
     with load(weights_dir, device=device) as pyramid:
-        return pyramid.generate(prompt, **options).text
+        return pyramid.generate(prompt, params, **options).text
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import math
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ THREES = [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3), Size.THREE]
 
 
 @pytest.mark.parametrize("value", THREES, ids=repr)
-def test_whole_takes_what_equals_an_integer(value):
+def test_whole_takes_what_equals_an_integer(value: Any) -> None:
     result = checks.whole("n", value, 0, 5)
     assert result == 3
     assert type(result) is int
@@ -41,7 +42,7 @@ def test_whole_takes_what_equals_an_integer(value):
      torch.tensor([3]), torch.empty((), device="meta", dtype=torch.int64), 10**400, -1],
     ids=lambda value: checks.shown(value)[:20],
 )  # fmt: skip
-def test_whole_refuses_the_rest(value):
+def test_whole_refuses_the_rest(value: Any) -> None:
     with pytest.raises(InputError, match=r"^n must be an integer in 0\.\.5, found "):
         checks.whole("n", value, 0, 5)
 
@@ -50,7 +51,7 @@ def test_whole_refuses_the_rest(value):
     ("bounds", "words"),
     [((1, None), "integer >= 1, found"), ((None, 1), "integer <= 1, found"), ((), "integer, found")],
 )
-def test_whole_says_its_bounds(bounds, words):
+def test_whole_says_its_bounds(bounds: tuple[int | None, ...], words: str) -> None:
     with pytest.raises(InputError, match=words):
         checks.whole("n", "x", *bounds)
 
@@ -61,7 +62,7 @@ def test_whole_says_its_bounds(bounds, words):
      Fraction(1, 2), Decimal("0.5")],
     ids=repr,
 )  # fmt: skip
-def test_number_takes_what_equals_a_real_number(value):
+def test_number_takes_what_equals_a_real_number(value: Any) -> None:
     result = checks.number("x", value, 0, 1)
     assert result == 0.5
     assert type(result) is float
@@ -85,12 +86,12 @@ def test_number_takes_what_equals_a_real_number(value):
     ],
     ids=lambda value: checks.shown(value)[:20],
 )
-def test_number_refuses_the_rest(value):
+def test_number_refuses_the_rest(value: Any) -> None:
     with pytest.raises(InputError, match=r"^x must be a number >= 0, found "):
         checks.number("x", value, 0, infinite=True)
 
 
-def test_bounds_of_a_number():
+def test_bounds_of_a_number() -> None:
     assert checks.number("x", math.inf, 0, infinite=True) == math.inf
     for bad in (0, 1.5):
         with pytest.raises(InputError, match=r"in \(0, 1\], found"):
@@ -105,32 +106,32 @@ def test_bounds_of_a_number():
 
 
 @pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True)], ids=repr)
-def test_flag_takes_booleans(value):
+def test_flag_takes_booleans(value: Any) -> None:
     assert checks.flag("f", value) is True
 
 
 @pytest.mark.parametrize("value", [1, 0, "yes", "", None, b"", [], np.int64(1), torch.tensor(1)], ids=repr)
-def test_flag_refuses_what_only_has_a_truth(value):
+def test_flag_refuses_what_only_has_a_truth(value: Any) -> None:
     with pytest.raises(InputError, match=r"^f must be True or False, found "):
         checks.flag("f", value)
 
 
 @pytest.mark.parametrize("value", ["red", Colour.RED, OldColour.RED, np.str_("red")], ids=repr)
-def test_text_and_choice_take_what_equals_a_string(value):
+def test_text_and_choice_take_what_equals_a_string(value: Any) -> None:
     for result in (checks.text("c", value), checks.choice("c", value, ["red", "blue"])):
         assert result == "red"
         assert type(result) is str
 
 
 @pytest.mark.parametrize("value", [b"red", None, 5, ["red"], Path("red")], ids=repr)
-def test_text_and_choice_refuse_the_rest(value):
+def test_text_and_choice_refuse_the_rest(value: Any) -> None:
     with pytest.raises(InputError, match=r"^c must be a string, found "):
         checks.text("c", value)
     with pytest.raises(InputError, match=r"^unknown c .*; expected one of red, blue$"):
         checks.choice("c", value, ["red", "blue"])
 
 
-def test_path():
+def test_path() -> None:
     assert checks.path("p", "a/b") == checks.path("p", Path("a/b")) == Path("a/b")
     for bad, words in ((b"a", "a string or"), (5, "a string or"), ("", "a string or"), ("a\0b", "NUL")):
         with pytest.raises(InputError, match=rf"^p must be a path.*{words}"):
@@ -142,7 +143,7 @@ def test_path():
 @pytest.mark.parametrize(
     "value", [[1, 2], (1, 2), range(1, 3), np.array([1, 2]), torch.tensor([1, 2])], ids=repr
 )
-def test_sequence_takes_ordered_collections(value):
+def test_sequence_takes_ordered_collections(value: Any) -> None:
     assert checks.sequence("s", value, "integers") == [1, 2]
 
 
@@ -151,20 +152,20 @@ def test_sequence_takes_ordered_collections(value):
     ["12", b"12", {1, 2}, {1: 2}, 5, None, torch.tensor([[1, 2]]), np.array(1), iter([1])],
     ids=lambda value: type(value).__name__,
 )
-def test_sequence_refuses_the_rest(value):
+def test_sequence_refuses_the_rest(value: Any) -> None:
     with pytest.raises(InputError, match=r"^s must be a list of integers, found "):
         checks.sequence("s", value, "integers")
 
 
-def test_instance():
+def test_instance() -> None:
     assert checks.instance("i", Path("a"), Path, "a path object") == Path("a")
     with pytest.raises(InputError, match=r"^i must be a path object, found 5$"):
         checks.instance("i", 5, Path, "a path object")
 
 
-def test_shown_is_short_and_never_fails():
+def test_shown_is_short_and_never_fails() -> None:
     class Rude:
-        def __repr__(self):
+        def __repr__(self) -> str:
             raise RuntimeError
 
     assert checks.shown(10**5000) == "an integer of 16610 bits"

@@ -137,7 +137,7 @@ def write_cache(cache: Tensor, values: Tensor, positions: Tensor) -> None:
 
 
 def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype) -> Tensor:
-    """What row t may see: cache rows 0 .. positions[t].
+    """The rows that row t may see: cache rows 0 .. positions[t].
 
     positions [T] int64 -> [T * G, kv_bound] dtype, 0 where seen and -inf elsewhere, row t * G + g being query
     head g of its group at window row t.
@@ -150,7 +150,7 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
 def tree_mask(
     start: Tensor, ancestors: Tensor, kv_bound: int, group: int, dtype: torch.dtype, *, length: int
 ) -> Tensor:
-    """What a tree's row t may see: cache rows below start, and window rows start + j with bit j of ancestors[t].
+    """The rows a tree's row t sees: cache rows below start, and window rows start + j with bit j of ancestors[t].
 
     start one int64, ancestors [>= T] int64 -> [T * G, kv_bound] dtype as `causal_mask`.
     """

@@ -1,4 +1,4 @@
-"""Which backend a tier runs on, chosen once and explicitly at load; there is no silent fallback."""
+"""The backend that a tier runs on, chosen once and explicitly at load; there is no silent fallback."""
 
 from __future__ import annotations
 
@@ -26,12 +26,22 @@ def check_backend(name: str, device: torch.device) -> None:
     try:
         from triton import knobs
     except ImportError as error:
-        raise InputError(f"backend 'triton' needs the package triton: {error}") from error
+        raise InputError(
+            f"backend 'triton' needs the package triton (for Windows it is called triton-windows): {error}; "
+            "backend='torch' runs without it"
+        ) from error
     if device.type != "cuda" and not knobs.runtime.interpret:
         raise InputError(
             f"backend 'triton' runs on CUDA devices, found {str(device)!r}; on a CPU use backend='torch' "
             "(or, for tests, Triton's interpreter: TRITON_INTERPRET=1 before anything is imported)"
         )
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise InputError(
+                f"backend 'triton' needs compute capability 8.0 or newer, found {major}.{minor} "
+                f"({torch.cuda.get_device_name(device)}); use backend='torch'"
+            )
 
 
 def exactness(name: str, dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ from pyramid_rt.models.matrix import Matrix
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where the rows of one forward pass stand; made once per pass, read by every layer.
+    """The positions of one forward pass's rows; made once per pass, read by every layer.
 
     Attributes:
         positions: [T] int64, absolute positions start .. start + T - 1.

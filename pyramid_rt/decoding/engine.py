@@ -26,6 +26,10 @@ class WindowRoundRunner(RoundRunner, Protocol):
         """Where the next `fill` or `first` begins."""
         ...
 
+    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels of a round; see `Engine.compile`."""
+        ...
+
     def fill(self, level: int) -> None:
         """The 64 tokens from `place` on into a tier's cache."""
         ...
@@ -119,6 +123,16 @@ class Engine:
         count = self._rounds.launches()
         return None if count is None else count + 1  # and the report
 
+    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels of a round, where rounds are made of them: seconds for each that no cache on disk has.
+
+        Args:
+            progress: called with (launches whose kernels are compiled, launches in all), before the first and after
+                each.
+        """
+        if self._fillers is not None and self.state.tokens.device.type == "cuda":
+            self._fillers.compile(progress)
+
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Capture what will be needed, for every length of text; how many graphs were new.
 
@@ -155,6 +169,34 @@ class Engine:
             return
         start = torch.full((), begin, device=self.state.tokens.device)
         self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
+
+    def whole_chunks(self, level: int, prompt: int) -> int:
+        """How many of a prompt's first tokens a tier takes by `fill_chunk`: 0 where it has no such way."""
+        tier = self._bulk_tier(level)
+        return 0 if tier is None else tier.whole_chunks(prompt)
+
+    def bulk(self, level: int) -> int:
+        """How many leading positions of a tier's cache `fill_chunk` made."""
+        tier = self._bulk_tier(level)
+        return 0 if tier is None else tier.bulk
+
+    def keep(self, level: int, count: int) -> None:
+        """Give up what a tier holds from position `count` on."""
+        tier = self.tiers[level]
+        tier.held = tier.held[:count]
+        bulk = self._bulk_tier(level)
+        if bulk is not None:
+            bulk.bulk = min(bulk.bulk, count)
+
+    def fill_chunk(self, level: int, begin: int) -> int:
+        """A chunk of the prompt into a tier's cache; where it ends."""
+        tier = self._bulk_tier(level)
+        assert tier is not None
+        return tier.fill_chunk(self.state.tokens, begin)
+
+    def _bulk_tier(self, level: int) -> DeviceTier | None:
+        tier = self.tiers[level]
+        return cast(DeviceTier, tier) if getattr(tier, "device_rounds", False) else None
 
     def first_token(self, begin: int, end: int) -> None:
         """The same with the prompt's last tokens, up to `chunk`, in the target, which commits the token after."""

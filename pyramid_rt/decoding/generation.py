@@ -142,10 +142,13 @@ class Generation:
 
     def _share(self, level: int, most: int) -> int:
         """How many of the prompt's first tokens, up to `most`, are in a tier's cache; the rest is given up."""
-        tier = self._tiers[level]
-        count = min(shared_prefix(tier.held, self._prompt), most) if self._reuse else 0
+        count = min(shared_prefix(self._tiers[level].held, self._prompt), most) if self._reuse else 0
+        whole, bulk = self._engine.whole_chunks(level, len(self._prompt)), self._engine.bulk(level)
+        if bulk != whole or count < whole:
+            # Rows that whole chunks made are equal to no others: what this prompt would have made otherwise goes.
+            count = self._engine.whole_chunks(level, min(count, whole, bulk) + 1)
         # Before anything is written: an interrupted call must not leave an untrue list behind.
-        tier.held = tier.held[:count]
+        self._engine.keep(level, count)
         return count
 
     def _fill_lower_tiers(self) -> None:
@@ -159,6 +162,9 @@ class Generation:
 
     def _prefill(self, level: int, begin: int, end: int) -> None:
         """Positions begin .. end - 1 of the prompt into a tier's cache, in chunks that end at fixed positions."""
+        whole = self._engine.whole_chunks(level, len(self._prompt))
+        while begin < min(whole, end):
+            begin = self._engine.fill_chunk(level, begin)
         chunk = self._engine.chunk
         while begin < end:
             stop = min((begin // chunk + 1) * chunk, end)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer, timing
+from pyramid_rt.decoding.remedies import remedy
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.errors import GraphCaptureError
 
@@ -196,7 +197,7 @@ class Graphs:
         except Exception as error:
             raise GraphCaptureError(
                 f"capturing '{name}' of {'/'.join(self._names)} for {horizon} cache rows failed {where}: "
-                f"{error}; graphs=False runs the same rounds without capture"
+                f"{error}; {remedy(error)}"
             ) from error
         finally:
             self._rounds.clock = kept

@@ -30,6 +30,7 @@ from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as thresholds
 from pyramid_rt.kernels.decide.decode_state import END, DecodeState, base_at, cached_at, live_at
+from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.kernels.limits import WINDOW
 
 
@@ -217,6 +218,17 @@ class KernelRoundRunner:
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:
         """An outer round that looks at the cache up to `kv_bound`; written down at the first call."""
         return self._written("round", kv_bound, lambda steps: Recursion(self.plan, steps).outer_round())
+
+    def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile the kernels of a round without running them; `progress` as of `Engine.compile`."""
+        launches = [launch for stage in self.stages(self.capacity) for launch in stage.launches]
+        for done, launch in enumerate(launches):
+            if progress is not None:
+                progress(done, len(launches))
+            if isinstance(launch, Launch):
+                launch.warmup()
+        if progress is not None:
+            progress(len(launches), len(launches))
 
     def _written(self, name: str, kv_bound: int, write: Callable[[KernelSteps], None]) -> tuple[Stage, ...]:
         """The list of this name and bound; made by `write` at the first call."""

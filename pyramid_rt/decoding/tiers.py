@@ -118,10 +118,22 @@ class DeviceTier(Tier, Protocol):
 
     Attributes:
         device_rounds: whether it can, as it was loaded.
+        bulk: positions from the first on that `fill_chunk` put into the cache, whose bits are not those that
+            `device_forward` would leave. A multiple of a chunk.
     """
+
+    bulk: int
 
     @property
     def device_rounds(self) -> bool: ...
+
+    def whole_chunks(self, prompt: int) -> int:
+        """How many of a prompt's first tokens `fill_chunk` processes: it follows from the prompt's length alone."""
+        ...
+
+    def fill_chunk(self, tokens: Tensor, begin: int) -> int:
+        """Process a chunk of the token buffer [max_seq + 64] from `begin` on, a multiple of chunks; where it ends."""
+        ...
 
     def device_forward(self, request: DeviceForward) -> Sequence[Runnable]:
         """The launches of a forward pass, in order. They may be run any number of times."""

@@ -10,6 +10,7 @@ import torch
 
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.errors import MemoryPlanError
+from pyramid_rt.models.backends.bulk import bulk_bytes
 from pyramid_rt.models.backends.choice import workspace_bytes
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import cache_bytes, weight_bytes
@@ -24,7 +25,7 @@ class MemoryPlan:
     Attributes:
         weights, caches, workspaces: bytes by name of tier; a workspace is what the tier's forwards compute in,
             none with the `torch` backend, which allocates as it goes.
-        round_buffers: token buffer, and the rows that rules compare.
+        round_buffers: token buffer, the rows that rules compare, and what a chunk of a prompt is computed in.
         available: bytes free on the device when the plan was made; None where that is unknown.
     """
 
@@ -85,21 +86,28 @@ def plan_memory(
     Raises:
         UnsupportedModelError: a shape that the backend does not take.
     """
-    buffers = State.allocate(plan, max_seq, vocab_size, torch.device("meta"))
+    kernels = backend == "triton" and not plan.host_control
+    buffers = (State.for_kernels if kernels else State.allocate)(
+        plan, max_seq, vocab_size, torch.device("meta")
+    )
+    # One tier at a time processes a chunk of a prompt.
+    chunk = max(bulk_bytes(config, dtype) for config in configs.values()) if backend == "triton" else 0
     return MemoryPlan(
         weights={name: weight_bytes(config, dtype) for name, config in configs.items()},
         caches={name: cache_bytes(config, max_seq, dtype) for name, config in configs.items()},
         workspaces={
             name: workspace_bytes(backend, config, max_seq, dtype, device) for name, config in configs.items()
         },
-        round_buffers=buffers.nbytes(),
+        round_buffers=buffers.nbytes() + chunk,
         available=_available(device),
     )
 
 
 def _available(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of freed tensors is free to it.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from pyramid_rt.decoding.tiers import DeviceForward
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.loading.weights import load_llama
+from pyramid_rt.models.backends import bulk
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, Llama, forward, rotate_prompt
 
@@ -29,6 +31,7 @@ class ModelTier:
         path: its directory.
         device: where it is, or will be.
         held: token ids in the cache, see `Tier`.
+        bulk: leading positions of the cache that `fill_chunk` made.
     """
 
     _parts: tuple[Llama, KVCache] | None
@@ -44,6 +47,7 @@ class ModelTier:
         self.name, self.path, self.config, self.max_seq = name, path, config, max_seq
         self.device, self._backend = device, backend
         self.held: list[int] = []
+        self.bulk = 0
         self._parts = None
         # The prompt's length that the rotary table is for.
         self._rotated = self._original
@@ -82,7 +86,7 @@ class ModelTier:
         """See `PromptTier`."""
         length = max(prompt, self._original)
         if length != self._rotated:
-            self.held = []
+            self.held, self.bulk = [], 0
             rotate_prompt(self.model, length)
             self._rotated = length
 
@@ -114,6 +118,19 @@ class ModelTier:
     def device_rounds(self) -> bool:
         return self._backend == "triton"
 
+    def whole_chunks(self, prompt: int) -> int:
+        """See `DeviceTier`."""
+        return bulk.whole_chunks(prompt)
+
+    def fill_chunk(self, tokens: Tensor, begin: int) -> int:
+        """See `DeviceTier`."""
+        end = begin + bulk.CHUNK
+        start = torch.full((), begin, device=self.device)
+        model = replace(self.model, backend=bulk.BulkBackend())
+        forward(model, self.cache, tokens[begin:end], start, rows=None, kv_bound=end)
+        self.bulk = end
+        return end
+
     def device_forward(self, request: DeviceForward) -> Sequence[Launch]:
         from pyramid_rt.kernels.forward.head import Noise, Placement
         from pyramid_rt.models.backends.triton import HeadOutputs, plan_pass
@@ -139,7 +156,7 @@ class ModelTier:
         )
 
     def reset(self) -> None:
-        self.held = []
+        self.held, self.bulk = [], 0
         if self._parts is not None:
             self._parts[1].buffer.zero_()
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,9 @@ def time_passes(
 ) -> tuple[Curve, ...]:
     """Seconds of a forward pass of each tier by the width of its window; medians, tiers and widths taking turns.
 
+    Where rounds are graphs the passes are graphs too: run one by one from Python, small models would cost what
+    planning their launches costs.
+
     Call it after `record` of a text of at least this length, so that the caches hold something.
 
     Args:
@@ -140,18 +144,26 @@ def time_passes(
     grid = [[width for width in WIDTHS if width <= _at_least(most)] for most in widest]
     samples: list[dict[int, list[float]]] = [{width: [] for width in widths} for widths in grid]
     burst = CUDA_BURST if pyramid.device.type == "cuda" else 1
+    passes = {
+        (level, width): pyramid.captured(
+            partial(
+                _pass, tier, tokens[:width], start, rows[:width] if level else rows[width - 1 : width], at
+            )
+        )
+        for level, tier in enumerate(pyramid.tiers)
+        for width in grid[level]
+    }
     for turn in range(MOST_SAMPLES + 1):
         if turn > 1 and clock() > deadline:
             break
         # Tiers take turns within a width: like in decoding, a tier finds the caches full of another's weights.
         for width in WIDTHS:
-            for level, (tier, found) in enumerate(zip(pyramid.tiers, samples, strict=True)):
+            for level, found in enumerate(samples):
                 if width not in found:
                     continue
-                wanted = rows[:width] if level else rows[width - 1 : width]
                 begin = clock()
                 for _ in range(burst):
-                    tier.forward(tokens[:width], start, wanted, at + width)
+                    passes[level, width]()
                 if turn:  # the first turn warms up
                     found[width].append((clock() - begin) / burst)
     for tier in pyramid.tiers:
@@ -160,6 +172,10 @@ def time_passes(
         Curve(tuple(found), non_decreasing([statistics.median(values) for values in found.values()]))
         for found in samples
     )
+
+
+def _pass(tier: Tier, tokens: Tensor, start: Tensor, rows: Tensor, at: int) -> None:
+    tier.forward(tokens, start, rows, at + tokens.shape[0])
 
 
 def _at_least(most: int) -> int:

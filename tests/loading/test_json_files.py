@@ -9,7 +9,9 @@ import signal
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -73,7 +75,7 @@ def a_loop(path: Path) -> None:
         (lambda path: None, "cannot read it: No such file"),
     ],
 )
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make, words: str) -> None:
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
     make(tmp_path / "x.json")
     begin = time.monotonic()
     with pytest.raises(WeightsError, match=rf"x\.json: .*{words}"):
@@ -157,7 +159,7 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> N
     wrong: list[BaseException] = []
     write_object(path, {"n": 0, "padding": "x" * 5000})
 
-    def repeat(act) -> None:
+    def repeat(act: Callable[[], None]) -> None:
         try:
             while time.monotonic() < end:
                 act()
@@ -185,7 +187,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
     write_object(path, {})
     child = os.fork()
     if child == 0:
-        os.replace = lambda *_: time.sleep(60)  # type: ignore[assignment]
+        os.replace = lambda *_: time.sleep(60)
         write_object(path, {"never": 1})
         os._exit(0)
     deadline = time.monotonic() + 20
@@ -204,9 +206,10 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
 def test_a_writer_whose_file_was_taken_for_abandoned_makes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, real, taken = tmp_path / "a.json", json_files._lock, []
+    path, real = tmp_path / "a.json", json_files._lock
+    taken: list[str] = []
 
-    def lock(file, *, wait: bool) -> bool:
+    def lock(file: BinaryIO, *, wait: bool) -> bool:
         if wait and not taken:  # between its making and its locking
             taken.append(file.name)
             os.unlink(file.name)

@@ -6,6 +6,7 @@ import enum
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class Where(enum.StrEnum):
     CPU = "cpu"
 
 
+def model_tiers(rt: pyramid_rt.Pyramid) -> list[ModelTier]:
+    return [tier for tier in rt.tiers if isinstance(tier, ModelTier)]
+
+
 def edit(path: Path, **changes: Any) -> None:
     """Set (or, with ..., remove) entries of a JSON file."""
     merged = {**json.loads(path.read_text()), **changes}
@@ -41,9 +46,8 @@ def copy(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_arguments_count_by_what_they_equal(tiny_dir: Path) -> None:
-    with pyramid_rt.load(
-        tiny_dir, device=Where.CPU, max_seq=np.int64(64), prefix_reuse=np.True_, dtype=np.str_("float32")
-    ) as rt:
+    options: dict[str, Any] = {"max_seq": np.int64(64), "prefix_reuse": np.True_, "dtype": np.str_("float32")}
+    with pyramid_rt.load(tiny_dir, device=Where.CPU, **options) as rt:
         assert (rt.max_seq, rt.device.type, rt.prefix_reuse) == (64, "cpu", True)
 
 
@@ -173,7 +177,13 @@ def test_a_sliding_window_ends_the_context(copy: Path) -> None:
 
 def test_defaults_that_cannot_run_are_refused_by_their_file(copy: Path) -> None:
     tiers = {name: name for name in ("draft", "qualifier", "target")}
-    for defaults in ({"draft_length": 100}, {"inner_rounds": 10**6}, {"temperature": 1e39}, {"top_k": 2**64}):
+    wrong: list[dict[str, Any]] = [
+        {"draft_length": 100},
+        {"inner_rounds": 10**6},
+        {"temperature": 1e39},
+        {"top_k": 2**64},
+    ]
+    for defaults in wrong:
         (copy / "pyramid.json").write_text(json.dumps({**tiers, "defaults": defaults}))
         with pytest.raises((InputError, WeightsError), match=r"pyramid\.json"):
             pyramid_rt.load(copy, device="cpu")
@@ -190,7 +200,7 @@ def test_defaults_that_cannot_run_are_refused_by_their_file(copy: Path) -> None:
 def loaded_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of tiers as they are loaded."""
     names: list[str] = []
-    real = ModelTier.load.__func__  # type: ignore[attr-defined]
+    real: Callable[..., ModelTier] = vars(ModelTier)["load"].__func__
 
     def load(cls: type[ModelTier], name: str, *args: Any, **kwargs: Any) -> ModelTier:
         names.append(name)
@@ -220,6 +230,7 @@ def test_tiers_of_other_methods_are_loaded_when_a_call_needs_them(
     ) as rt:
         assert names == ["target"]
         assert set(told) == {"target"}
+        assert rt.memory_plan is not None
         planned = {name: weights for name, weights, *_ in rt.memory_plan.rows()}
         assert list(planned) == ["draft", "qualifier", "target"]
         assert min(planned.values()) > 0
@@ -263,28 +274,28 @@ def test_an_applications_inference_mode_does_not_stick(copy: Path, tiny_dir: Pat
         expected = plain.generate(PROMPT, max_new_tokens=20, ignore_eos=True).tokens
     with torch.inference_mode(inside == "load"):
         rt = pyramid_rt.load(with_default(copy, "ar"), device="cpu")
-    assert not rt.tiers[-1].cache.buffer.is_inference()  # type: ignore[attr-defined]
+    assert not model_tiers(rt)[-1].cache.buffer.is_inference()
     with torch.inference_mode():
-        rt.tiers[0].ready()  # type: ignore[attr-defined]
-        assert not rt.tiers[0].model.embedding.is_inference()  # type: ignore[attr-defined]
-        assert not rt.tiers[0].cache.buffer.is_inference()  # type: ignore[attr-defined]
+        model_tiers(rt)[0].ready()
+        assert not model_tiers(rt)[0].model.embedding.is_inference()
+        assert not model_tiers(rt)[0].cache.buffer.is_inference()
     for method in ("ar", "sd", "ar"):
-        rt.tiers[0].reset()
+        model_tiers(rt)[0].reset()
         assert rt.generate(PROMPT, max_new_tokens=20, ignore_eos=True, method=method).tokens == expected
     rt.close()
 
 
 def test_an_applications_default_type_and_device_change_nothing(tiny_dir: Path) -> None:
     with pyramid_rt.load(tiny_dir, device="cpu") as plain:
-        expected = [(tier.model.rotary, tier.model.embedding) for tier in plain.tiers]  # type: ignore[attr-defined]
+        expected = [(tier.model.rotary, tier.model.embedding) for tier in model_tiers(plain)]
         torch.set_default_dtype(torch.float64)
         try:
             with torch.device("meta"):
                 rt = pyramid_rt.load(tiny_dir, device="cpu")
         finally:
             torch.set_default_dtype(torch.float32)
-        for tier, tensors in zip(rt.tiers, expected, strict=True):
-            model = tier.model  # type: ignore[attr-defined]
+        for tier, tensors in zip(model_tiers(rt), expected, strict=True):
+            model = tier.model
             for ours, theirs in zip((model.rotary, model.embedding), tensors, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         assert rt.generate(PROMPT, max_new_tokens=9).tokens == plain.generate(PROMPT, max_new_tokens=9).tokens

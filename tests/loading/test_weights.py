@@ -96,8 +96,8 @@ def test_packed_matrices_hold_the_stored_tensors(source: Path) -> None:
         biases = [stored[f"{prefix}mlp.{name}_proj.bias"] for name in ("gate", "up")]
         assert torch.equal(layer.gate_up_bias, torch.cat(biases))
     assert torch.equal(model.head.operand, stored["lm_head.weight"])
-    parts = [m for layer in model.layers for m in (layer.out, layer.down, layer.gate_up)]
-    assert not any(part.operand.isnan().any() for part in parts)
+    held = [m for layer in model.layers for m in (layer.out, layer.down, layer.gate_up)]
+    assert not any(part.operand.isnan().any() for part in held)
 
 
 def test_eos_ids_of_config_and_generation_config(source: Path) -> None:

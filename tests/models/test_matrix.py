@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from pyramid_rt.models.llama import KVCache, with_matrices
 from pyramid_rt.models.matrix import Dense, Matrix, Packed, can_pack
 
 CPU = torch.device("cpu")
-KINDS = [
+Kind = Callable[[Tensor], Matrix]
+KINDS: list[tuple[Kind, torch.dtype]] = [
     *((Dense, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     (Packed.of, torch.float32),
 ]
@@ -28,7 +30,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 9, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_product(kind, dtype: torch.dtype, rows: int, with_bias: bool) -> None:
+def test_product(kind: Kind, dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     if kind == Packed.of and not can_pack(CPU, dtype):
         pytest.skip("torch was built without oneDNN")
     x, weight = normal(rows, 97, dtype=dtype), normal(53, 97, dtype=dtype, seed=1)
@@ -50,7 +52,7 @@ def test_product(kind, dtype: torch.dtype, rows: int, with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
-def test_a_matrix_says_how_large_it_is(kind, dtype: torch.dtype) -> None:
+def test_a_matrix_says_how_large_it_is(kind: Kind, dtype: torch.dtype) -> None:
     if kind == Packed.of and not can_pack(CPU, dtype):
         pytest.skip("torch was built without oneDNN")
     matrix: Matrix = kind(normal(5, 7, dtype=dtype))

@@ -77,6 +77,27 @@ def test_divergences_are_those_between_the_tiers(on: str) -> None:
     assert list(trace.own[1]) == (tables[1][3:43] / 0.7 + with_noise).argmax(-1).tolist()
 
 
+def test_passes_are_timed_as_rounds_run_them() -> None:
+    """Where rounds are graphs, what is timed is their replay: here twice as fast as the pass that was captured."""
+    clock = FakeClock()
+
+    class Recorder:
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            def replay() -> None:
+                before = clock.now
+                work()
+                clock.now = before + (clock.now - before) / 2
+
+            return replay
+
+    tables = [logits_of(tokens) for tokens in related([0.5], 1)]
+    costs = [lambda width: 0.5 + 0.125 * width, lambda width: 4.0 + width]
+    pyramid = pyramid_of(tables, costs, clock, control="device", recorder=Recorder())
+    draft, target = time_passes(pyramid, [1] * 14, (2, 4), clock, deadline=1e9)
+    assert draft.seconds == tuple(0.25 + 0.0625 * width for width in draft.widths)
+    assert target.seconds == tuple(2.0 + 0.5 * width for width in target.widths)
+
+
 def test_the_caches_are_declared_unknown_afterwards() -> None:
     pyramid = pyramid_of(
         [logits_of(tokens) for tokens in related([0.5], 1)], [lambda width: 0.0] * 2, FakeClock()
