@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from helpers.examples import example
 
 from pyramid_rt import InputError, Pyramid
 
 chat = example("chat")
-SHORT = {"max_new_tokens": 12, "ignore_eos": True}
+SHORT: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
 
 
 def test_each_answer_follows_from_all_that_was_said(tiny: Pyramid) -> None:
@@ -46,7 +48,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny: Pyramid) -> None:
 
 
 def test_the_oldest_turns_make_room(tiny: Pyramid) -> None:
-    talk, said = chat.Chat(tiny, lambda _: None, "S", **SHORT), []
+    said: list[str] = []
+    talk = chat.Chat(tiny, lambda _: None, "S", **SHORT)
     chat.converse(talk, ["x" * 100] * 4, said.append)
     assert talk.messages[0] == {"role": "system", "content": "S"}
     assert len(talk.messages) < 1 + 2 * 4
