@@ -16,7 +16,7 @@ from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
-from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
@@ -329,9 +329,7 @@ class Pyramid:
 
     def _engine(self, tiers: tuple[Tier, ...], plan: RoundPlan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
-        rules = tuple(
-            replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
-        )
+        rules = tuple(rule.captured() for rule in plan.rules)
         names = tuple(tier.name for tier in tiers)
         if by_kernels(tiers, plan):
             plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
@@ -385,7 +383,7 @@ class _Run:
         params = request.params
         self._generation = Generation(
             pyramid._engine(request.tiers, request.plan),
-            [getattr(rule, "threshold", 0.0) for rule in request.plan.rules],
+            [rule.threshold for rule in request.plan.rules],
             params,
             request.seed,
             request.prompt,

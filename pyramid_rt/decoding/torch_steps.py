@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
 from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
-from pyramid_rt.decoding.rules import Evidence, Fuzzy, Rule, Verdict
+from pyramid_rt.decoding.rules import Evidence, Rule, Verdict
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.kernels.limits import NO_POSITION
@@ -186,7 +186,7 @@ class TorchSteps:
         below_rows, effective = state.own_rows[below], state.effective_rows[below]
         below_raw = below_rows[:most] if below_rows is not None else None
         below_processed = None
-        if isinstance(rule, Fuzzy) and rule.divergence_on == "processed":
+        if rule.needs_below_processed:
             assert below_raw is not None
             below_processed = self._logprobs(below_raw)
         uniform = None
@@ -232,7 +232,7 @@ class TorchSteps:
         return torch.cat((kept, processed[most:]))
 
     def _needs_processed(self, rule: Rule, level: int) -> bool:
-        if rule.needs_effective or (isinstance(rule, Fuzzy) and rule.divergence_on == "processed"):
+        if rule.needs_processed:
             return True
         return level < self.plan.tiers - 1 and self.plan.keep_effective[level]
 
