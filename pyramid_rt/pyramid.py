@@ -16,7 +16,8 @@ from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
-from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.proposers import Proposer, check_proposer, with_proposer
+from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
@@ -54,7 +55,7 @@ class Pyramid:
     pair (lowest stage first); without rules the named methods apply.
 
     Args:
-        tiers: one or more, the target last.
+        tiers: one or more, the target last. Below others the first may be a `Proposer`.
         rules: len(tiers) - 1 rules, or None.
         tokenizer: needed for string prompts, chats, text and stop strings.
         eos_token_ids: ids that end a sequence.
@@ -75,7 +76,7 @@ class Pyramid:
 
     def __init__(
         self,
-        tiers: Sequence[Tier],
+        tiers: Sequence[Tier | Proposer],
         rules: Sequence[Rule] | None = None,
         *,
         tokenizer: Tokenizer | None = None,
@@ -99,12 +100,12 @@ class Pyramid:
             )
         if control not in (None, "host", "device"):
             raise InputError(f"control must be 'host' or 'device', found {control!r}")
-        self.tiers: tuple[Tier, ...] = tuple(tiers)
+        self.tiers: tuple[Tier, ...] = with_proposer(tiers)
         self.rules = None if rules is None else tuple(rules)
         self.tokenizer, self.memory_plan = tokenizer, plan
-        self.device = tiers[-1].device
+        self.device = self.tiers[-1].device
         self.control = control or ("host" if self.device.type == "cpu" else "device")
-        self.vocab_size = vocab_size or min(tier.vocab_size for tier in tiers)
+        self.vocab_size = vocab_size or min(tier.vocab_size for tier in self.tiers)
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = dict(defaults or {})
         SamplingParams.build({}, self.defaults)
@@ -269,9 +270,12 @@ class Pyramid:
         method = params.method or self.default_method
         if method == CHAIN:
             assert self.rules is not None
-            return params, method, self.tiers, self.rules
-        tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
-        return params, method, tiers, rules_of(method, params.rule_options)
+            tiers, rules = self.tiers, self.rules
+        else:
+            tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
+            rules = rules_of(method, params.rule_options)
+        check_proposer(tiers, rules)
+        return params, method, tiers, rules
 
     def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
         params, method, tiers, rules = self._chosen(options)
@@ -330,9 +334,7 @@ class Pyramid:
 
     def _engine(self, tiers: tuple[Tier, ...], plan: RoundPlan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
-        rules = tuple(
-            replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
-        )
+        rules = tuple(rule.captured() for rule in plan.rules)
         names = tuple(tier.name for tier in tiers)
         if by_kernels(tiers, plan):
             plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
@@ -389,7 +391,7 @@ class _Run:
         params = request.params
         self._generation = Generation(
             pyramid._engine(request.tiers, request.plan),
-            [getattr(rule, "threshold", 0.0) for rule in request.plan.rules],
+            [rule.threshold for rule in request.plan.rules],
             params,
             request.seed,
             request.prompt,
