@@ -153,7 +153,7 @@ def test_mypy_finds_the_package_from_a_user_project(kind: str, tree: Path, tmp_p
     (user / "app.py").write_text(
         "import pyramid_rt\nfrom pyramid_rt.kernels.launch import Launch\n"
         "from pyramid_rt.models.config import LlamaConfig\n"
-        "reveal_type(pyramid_rt.load)\nreveal_type(LlamaConfig.from_hf)\nreveal_type(Launch.__init__)\n"
+        "reveal_type(pyramid_rt.load)\nreveal_type(LlamaConfig.__init__)\nreveal_type(Launch.__init__)\n"
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def pyramid_of(rules: list[object], control: str = "host") -> Pyramid:
 @pytest.mark.parametrize("control", ["host", "device"])
 def test_its_bounds_are_what_they_should_be(control: str) -> None:
     """Of the one most likely token it is a match; of all, everything stands and the draft writes the text."""
-    options = {"max_new_tokens": 30, "draft_length": 3}
+    options: dict[str, Any] = {"max_new_tokens": 30, "draft_length": 3}
     match = pyramid_of([Match()], control).generate(PROMPT, **options)
     assert pyramid_of([Likely(1)], control).generate(PROMPT, **options).tokens == match.tokens
     every = pyramid_of([Likely(4)], control).generate(PROMPT, **options, temperature=1.0, seed=3)
@@ -58,7 +58,7 @@ def test_its_bounds_are_what_they_should_be(control: str) -> None:
 
 
 def test_it_may_stand_below_a_lossless_one() -> None:
-    options = {"max_new_tokens": 30, "lengths": (2, 4), "temperature": 1.0, "seed": 3}
+    options: dict[str, Any] = {"max_new_tokens": 30, "lengths": (2, 4), "temperature": 1.0, "seed": 3}
     plain = pyramid_of([]).generate(PROMPT, **{**options, "lengths": None})
     tables = random_tables(3, seed=4)
     tiers = [TableTier(f"tier {level}", table, max_seq=64) for level, table in enumerate(tables)]
