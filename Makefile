@@ -5,12 +5,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WEIGHTS ?= weights/smollm2
 ARCHS ?= sm_89 sm_90
+FUZZ_SECONDS ?= 1200
+FUZZ_SEED ?= 1
+TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real train-demo test lint kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test fuzz examples lint types docs kernels bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "After any of them the command is $(BIN)/pyramid-rt; after '. $(BIN)/activate' it is pyramid-rt itself."
 
 demo: $(VENV)/.runtime ## complete Python code with the embedded pyramid, then compare the methods
 	@$(BIN)/pyramid-rt demo
@@ -26,16 +31,29 @@ train-demo: $(VENV)/.dev ## train the demo pyramid anew (hours), then find its d
 	@$(BIN)/pyramid-rt tune pyramid_rt/demo --prompts bench/demo_training/prompts.txt
 
 # Threads that spin while they wait make a loaded machine crawl (2 tokens/s instead of 70 were seen).
-test demo-real: export OMP_WAIT_POLICY ?= passive
+test examples demo-real: export OMP_WAIT_POLICY ?= passive
 # A process per core, each of one thread: interpreted kernels use no more.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev ## run every check
 	@$(BIN)/pytest -n auto --dist worksteal
 
+fuzz: $(VENV)/.dev ## look for inputs that break it: FUZZ_SECONDS for each of three kinds, FUZZ_SEED
+	@PYTHONPATH=tests $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+examples: $(VENV)/.dev ## run every example by its own tests
+	@$(BIN)/pytest examples
+
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy
+
+docs: $(VENV)/.dev ## build the pages of docs/ into site/, strictly
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 kernels: $(VENV)/.dev ## compile every kernel for ARCHS and hold its machine code to a gate; needs no GPU
 	@$(BIN)/python -m bench.compile_gate $(addprefix --arch ,$(ARCHS))
@@ -50,17 +68,19 @@ wheel: $(VENV)/.runtime ## build dist/*.whl
 	@$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-clean: ## remove what was installed and built here, and the fetched weights
-	@rm -rf $(VENV) build dist weights *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove what was installed and built here; weights stay
+	@rm -rf $(VENV) build dist site *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # With an NVIDIA GPU and a torch that is new enough, that torch stays: it fits the driver. With a GPU and no
 # such torch, the newest is installed with the rest; without a GPU, the version the project is tested with.
+# Outside, that version comes with CUDA unless TORCH_INDEX names an index of CPU builds.
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or newer is needed: make PYTHON=python3.x ..."; exit 1; }
 	@echo "setting up $(VENV) (once)"
 	@if ! nvidia-smi >/dev/null 2>&1; then \
-		$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet torch==2.13.0; \
+		$(PYTHON) -m venv $(VENV) \
+			&& $(BIN)/pip install --quiet $(addprefix --index-url ,$(TORCH_INDEX)) torch==2.13.0; \
 	elif $(PYTHON) -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' \
 		2>/dev/null; then \
 		$(PYTHON) -m venv --system-site-packages $(VENV); \

@@ -289,12 +289,12 @@ def measure_demo(device: torch.device, dtype: str, backend: str, new_tokens: int
 
 
 def device_name(device: torch.device) -> str:
-    """What a result file calls it."""
+    """Its name in a result file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def verdicts(content: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What is wrong, and which goals are missed, in words."""
+    """Faults and missed goals, in words."""
     wrong: list[str] = []
     missed: list[str] = []
     for name, section in content["sections"].items():

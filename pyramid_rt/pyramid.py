@@ -11,6 +11,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 
+from pyramid_rt import checks
 from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
@@ -20,7 +21,7 @@ from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
 from pyramid_rt.loading.memory import MemoryPlan
-from pyramid_rt.params import Options, SamplingParams
+from pyramid_rt.params import Options, SamplingParams, merged_options
 from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
 from pyramid_rt.stats import Timing, summarise
 from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
@@ -58,7 +59,7 @@ class Pyramid:
         eos_token_ids: ids that end a sequence.
         vocab_size: columns decoded over; by default the fewest that any tier has.
         defaults: options that calls do not give.
-        control: "host" (default on a CPU) or "device" (default elsewhere); see DESIGN, section 6.
+        control: "host" (default on a CPU) or "device" (default elsewhere): who ends an inner round.
         plan: the memory plan it was loaded by.
         prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
             that grows) is not processed again from its start.
@@ -119,7 +120,7 @@ class Pyramid:
 
     @property
     def graphs(self) -> bool:
-        """Whether outer rounds run as CUDA graphs."""
+        """True where outer rounds run as CUDA graphs."""
         return self._recorder is not None
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -133,44 +134,53 @@ class Pyramid:
 
     @property
     def default_method(self) -> str:
-        """What a call without `method` runs; "chain" where the pyramid was given rules of its own."""
+        """The method of a call that names none; "chain" where the pyramid was given rules of its own."""
         if self.rules is not None:
             return CHAIN
         named = self.defaults.get("method")
         return named if named in self.methods else best_method(len(self.tiers))
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerationResult:
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
+    ) -> GenerationResult:
         """Decode `prompt` and return the whole result.
 
         Args:
             prompt: a string, a list of token ids, or a list of chat messages ({"role": ..., "content": ...}).
-            options: see `SamplingParams`.
+            params: options kept in one object; what it was not given is the pyramid's default.
+            options: see `SamplingParams`; they come before those of `params`.
 
         Raises:
             InputError: the prompt or an option is wrong; nothing has run.
             BusyError: the pyramid is closed, or this thread has a stream of it open.
             NonFiniteLogitsError: a tier failed; `partial` holds what was committed before.
         """
-        with self.stream(prompt, **options) as stream:
+        with self.stream(prompt, params, **options) as stream:
             for _ in stream:
                 pass
         return stream.result
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
+    ) -> Stream:
         """The same, as an iterator of text pieces. Options are checked at once, work starts with iteration."""
-        request = self._request(prompt, options)
+        request = self._request(prompt, merged_options(params, options))
         return Stream(lambda cancelled: self._work(request, cancelled), self._gate)
 
-    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
+    ) -> AsyncStream:
         """`stream` for asyncio: `async for piece in rt.astream(...)`. Close it with `aclose` or `async with`."""
-        request = self._request(prompt, options)
+        request = self._request(prompt, merged_options(params, options))
         return AsyncStream(
             lambda owner: Stream(lambda cancelled: self._work(request, cancelled), self._gate, owner)
         )
 
-    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerationResult:
+    async def agenerate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
+    ) -> GenerationResult:
         """`generate` for asyncio. Cancelling the task stops the work after the round it is in."""
-        async with self.astream(prompt, **options) as stream:
+        async with self.astream(prompt, params, **options) as stream:
             async for _ in stream:
                 pass
         return stream.result
@@ -198,6 +208,7 @@ class Pyramid:
 
     def prepare(
         self,
+        params: SamplingParams | None = None,
         *,
         progress: Callable[[int, int], None] | None = None,
         compiling: Callable[[int, int], None] | None = None,
@@ -210,17 +221,17 @@ class Pyramid:
         Without graphs only the buffers are taken.
 
         Args:
+            params, options: as of `generate`; those that play no part are ignored.
             progress: called with (works captured, works in all), before the first and after each.
             compiling: called likewise with launches, while kernels are compiled, which comes first.
-            options: as of `generate`; those that play no part are ignored.
 
         Returns: how many graphs were captured; 0 where all were there.
 
         Raises:
             InputError: an option is wrong. BusyError: as `generate`. GraphCaptureError: a capture failed.
         """
-        params, _, tiers, rules = self._chosen(options)
-        plan = self.make_plan(params, rules)
+        chosen, _, tiers, rules = self._chosen(merged_options(params, options))
+        plan = self.make_plan(chosen, rules)
         self._gate.enter(threading.get_ident())
         try:
             engine = self._engine(tiers, plan)
@@ -276,15 +287,15 @@ class Pyramid:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Prompt to checked token ids."""
-        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
-            if self.tokenizer is None:
-                raise InputError("a string or chat prompt needs a tokenizer, and this pyramid has none")
-            if isinstance(prompt, str):
-                ids = self.tokenizer.encode(prompt)
-            else:
-                ids = self.tokenizer.encode_chat([self._check_message(message) for message in prompt])
+        if isinstance(prompt, str):
+            ids = self._tokenizer_for("a string prompt").encode(prompt)
         else:
-            ids = [self._check_token("prompt", token) for token in prompt]
+            entries = _entries(prompt)
+            if entries and isinstance(entries[0], Mapping):
+                messages = [self._check_message(message) for message in entries]
+                ids = self._tokenizer_for("a chat prompt").encode_chat(messages)
+            else:
+                ids = [self._check_token("prompt", token) for token in entries]
         if not ids:
             raise InputError("the prompt is empty: it has no tokens")
         if len(ids) >= self.max_seq:
@@ -294,16 +305,22 @@ class Pyramid:
             )
         return ids
 
+    def _tokenizer_for(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"{what} needs a tokenizer, and this pyramid has none")
+        return self.tokenizer
+
     @staticmethod
     def _check_message(message: object) -> Mapping[str, Any]:
         if not isinstance(message, Mapping):
-            raise InputError(f"a chat is a list of messages, found {message!r} in it")
+            raise InputError(f"a chat is a list of messages, found {checks.shown(message)} in it")
         return message
 
     def _check_token(self, name: str, token: object) -> int:
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise InputError(f"{name} must hold token ids (integers), found {token!r}")
-        index = int(token.__index__())
+        try:
+            index = checks.whole(name, token)
+        except InputError:
+            raise InputError(f"{name} must hold token ids (integers), found {checks.shown(token)}") from None
         if not 0 <= index < self.vocab_size:
             raise InputError(f"{name}: token id {index} is out of range 0..{self.vocab_size - 1}")
         return index
@@ -402,7 +419,7 @@ class _Run:
         if self._text is not None:
             piece = self._text.push(commit.tokens)
             if self._text.stopped:
-                # The device may have run on past the stop string; those tokens are nobody's.
+                # Tokens that the device decoded past the stop string are discarded.
                 del self.tokens[self._text.tokens_used :], self._logprobs[self._text.tokens_used :]
         self._busy += time.perf_counter() - begin
         if self._first is None:
@@ -414,7 +431,7 @@ class _Run:
         self._generation.close()
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text held back so far, now that nothing follows."""
         return self._text.flush() if self._text is not None else ""
 
     def result(self, reason: FinishReason | None = None) -> GenerationResult:
@@ -443,6 +460,21 @@ class _Run:
             seed=request.seed,
             logprobs=self._logprobs if request.params.logprobs is not None else None,
         )
+
+
+def _entries(prompt: Prompt) -> list[Any]:
+    """What stands in a prompt that is no string: token ids or messages, unchecked. Raises InputError."""
+    if isinstance(prompt, Mapping):
+        raise InputError(
+            f"a chat prompt is a list of messages, also of one: [message]; found {checks.shown(prompt)}"
+        )
+    try:
+        return checks.sequence("prompt", prompt, "token ids or of messages")
+    except InputError:
+        raise InputError(
+            "prompt must be a string, a list of token ids, or a list of chat messages "
+            f"({{'role': ..., 'content': ...}}), found {checks.shown(prompt)}"
+        ) from None
 
 
 def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> RoundPlan:

@@ -1,9 +1,9 @@
-"""What a generation gives back."""
+"""The result of a generation: text, tokens, statistics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from pyramid_rt.stats import Stats
 
@@ -25,9 +25,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
+_SHOWN = 40  # characters of the text in `repr`
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class GenerationResult:
-    """One finished generation.
+    """One finished generation; `str` of it is its text.
 
     Attributes:
         text: without the end-of-sequence token and without the stop string.
@@ -45,3 +48,32 @@ class GenerationResult:
     stats: Stats
     seed: int
     logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of the prompt, new ones, and both, under the names that web interfaces use."""
+        prompt, new = self.stats.prompt_tokens, len(self.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain dicts, lists, texts and numbers, for JSON; `logprobs` only where asked for."""
+        content = {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "usage": self.usage,
+            "stats": self.stats.to_dict(),
+        }
+        if self.logprobs is not None:
+            content["logprobs"] = [asdict(entry) for entry in self.logprobs]
+        return content
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _SHOWN else self.text[:_SHOWN] + "..."
+        return (
+            f"GenerationResult({text!r}, {len(self.tokens)} tokens, {self.finish_reason}, seed {self.seed})"
+        )

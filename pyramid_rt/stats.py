@@ -1,4 +1,4 @@
-"""Statistics of one generation (DESIGN: "Statistics, exactly") and the clock behind their seconds."""
+"""Statistics of one generation, and the clock behind their seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ratio(part: float, whole: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """One tier over one generation. Of the target, which proposes to nobody, only the first three are set.
+    """One tier over one generation. Of the target, which proposes to no tier, only the first four are set.
 
     Attributes:
         name: of the tier.

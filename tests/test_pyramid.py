@@ -7,7 +7,9 @@ import json
 import math
 import shutil
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +28,19 @@ from pyramid_rt import (
 )
 from pyramid_rt.loading import memory
 from pyramid_rt.loading.model_tier import ModelTier
+from pyramid_rt.models.llama import Llama
+
+# A pyramid of `ModelTier`s with a tokenizer and a plan: these tests look behind the protocol `Tier`.
+Loaded = Any
 
 PROMPT = "def fibonacci(n):"
 OTHERS = ("sd", "psd")
 
 
-def same_tokens(found, expected, pyramid, prompt_ids):
-    """Equal, or first different where the target's two best scores lie within 1e-4 (DESIGN, section 7)."""
+def same_tokens(
+    found: Sequence[int], expected: Sequence[int], pyramid: Loaded, prompt_ids: Sequence[int]
+) -> None:
+    """Equal, or first different where the target's two best scores lie within 1e-4."""
     if found == expected:
         return
     at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
@@ -41,15 +49,15 @@ def same_tokens(found, expected, pyramid, prompt_ids):
     assert gap < 1e-4
 
 
-def top_gap(pyramid, ids):
+def top_gap(pyramid: Loaded, ids: Sequence[int]) -> float:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(pyramid.tiers[-1].path, dtype=torch.float64)
     best = model(torch.tensor([ids])).logits[0, -1].topk(2).values
-    return (best[0] - best[1]).item()
+    return float(best[0] - best[1])
 
 
-def test_greedy_equals_transformers(tiny, tiny_dir):
+def test_greedy_equals_transformers(tiny: Loaded, tiny_dir: Path) -> None:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny_dir / "target")
@@ -64,11 +72,17 @@ def test_greedy_equals_transformers(tiny, tiny_dir):
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("control", ["host", "device"])
-def test_lossless_methods_equal_ar(tiny_dir, method, temperature, control):
+def test_lossless_methods_equal_ar(tiny_dir: Path, method: str, temperature: float, control: str) -> None:
+    rt: Loaded
     with pyramid_rt.load(tiny_dir, device="cpu", control=control) as rt:
         drafts = 0
         for seed in range(3):
-            options = {"temperature": temperature, "seed": seed, "max_new_tokens": 70, "top_p": 0.95}
+            options: dict[str, Any] = {
+                "temperature": temperature,
+                "seed": seed,
+                "max_new_tokens": 70,
+                "top_p": 0.95,
+            }
             plain = rt.generate(PROMPT, method="ar", **options)
             out = rt.generate(PROMPT, method=method, **options)
             same_tokens(out.tokens, plain.tokens, rt, rt.tokenizer.encode(PROMPT))
@@ -77,7 +91,7 @@ def test_lossless_methods_equal_ar(tiny_dir, method, temperature, control):
 
 
 @pytest.mark.parametrize("method", ["fsd", "psd_a", "psd_f"])
-def test_lossy_methods_say_how_lossy(tiny, method):
+def test_lossy_methods_say_how_lossy(tiny: Loaded, method: str) -> None:
     exact = tiny.generate(
         PROMPT, method=method, max_new_tokens=40, target_threshold=0.0, qualifier_threshold=0.0
     )
@@ -89,7 +103,7 @@ def test_lossy_methods_say_how_lossy(tiny, method):
     assert loose.stats.tiers[-2].acceptance_rate == 1.0 > exact.stats.tiers[-2].acceptance_rate
 
 
-def test_result_fields(tiny):
+def test_result_fields(tiny: Loaded) -> None:
     out = tiny.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
     assert (out.finish_reason, len(out.tokens), out.logprobs) == ("length", 20, None)
     stats = out.stats
@@ -104,7 +118,7 @@ def test_result_fields(tiny):
     assert tiny.generate(PROMPT, max_new_tokens=20, temperature=1.0, seed=again.seed).tokens == again.tokens
 
 
-def test_logprobs(tiny):
+def test_logprobs(tiny: Loaded) -> None:
     from transformers import LlamaForCausalLM
 
     out = tiny.generate(PROMPT, max_new_tokens=25, logprobs=3, ignore_eos=True, temperature=0.8, seed=4)
@@ -120,7 +134,7 @@ def test_logprobs(tiny):
     assert tiny.generate(PROMPT, max_new_tokens=2, logprobs=0).logprobs[0].top == ()
 
 
-def test_prompts_of_every_kind(tiny):
+def test_prompts_of_every_kind(tiny: Loaded) -> None:
     ids = tiny.tokenizer.encode(PROMPT)
     expected = tiny.generate(PROMPT, max_new_tokens=10).tokens
     assert tiny.generate(ids, max_new_tokens=10).tokens == expected
@@ -138,12 +152,12 @@ def test_prompts_of_every_kind(tiny):
         ("x" * 256, "256 tokens and the context 256"), ([{"role": "user", "content": "a"}, 3], "3"),
     ],
 )  # fmt: skip
-def test_bad_prompts(tiny, prompt, words):
+def test_bad_prompts(tiny: Loaded, prompt: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         tiny.generate(prompt)
 
 
-def test_bad_calls(tiny):
+def test_bad_calls(tiny: Loaded) -> None:
     with pytest.raises(InputError, match="unknown option 'beams'"):
         tiny.generate(PROMPT, beams=3)
     with pytest.raises(InputError, match=r"stop_token_ids: token id 999 is out of range"):
@@ -152,7 +166,7 @@ def test_bad_calls(tiny):
         tiny.generate(PROMPT, lengths=[1, 2, 3])
 
 
-def test_stop_strings_are_exact(tiny):
+def test_stop_strings_are_exact(tiny: Loaded) -> None:
     full = tiny.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
     stop = full.text[9:12]
     for method in ("ar", "sd", "psd"):
@@ -164,7 +178,7 @@ def test_stop_strings_are_exact(tiny):
         assert stop not in tiny.tokenizer.decode(out.tokens[:-1])
 
 
-def test_directories_with_fewer_tiers(tiny_dir, tmp_path):
+def test_directories_with_fewer_tiers(tiny_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dir / "target", tmp_path / "target")
     with pyramid_rt.load(tmp_path, device="cpu") as rt:
         assert (rt.default_method, rt.methods) == ("ar", ("ar",))
@@ -177,8 +191,8 @@ def test_directories_with_fewer_tiers(tiny_dir, tmp_path):
         assert rt.generate(PROMPT, max_new_tokens=12).tokens == alone
 
 
-def test_defaults_of_the_directory(tiny_dir, tmp_path):
-    content = {name: str(tiny_dir / name) for name in ("draft", "qualifier", "target")}
+def test_defaults_of_the_directory(tiny_dir: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = {name: str(tiny_dir / name) for name in ("draft", "qualifier", "target")}
     content["defaults"] = {"method": "sd", "draft_length": 2, "max_new_tokens": 5}
     (tmp_path / "pyramid.json").write_text(json.dumps(content))
     with pyramid_rt.load(tmp_path, device="cpu") as rt:
@@ -199,27 +213,29 @@ def test_defaults_of_the_directory(tiny_dir, tmp_path):
         ({"control": "nobody"}, "control"),
     ],
 )  # fmt: skip
-def test_bad_loads(tiny_dir, options, words):
+def test_bad_loads(tiny_dir: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         pyramid_rt.load(tiny_dir, **{"device": "cpu", **options})
 
 
-def test_a_missing_directory_is_named(tmp_path):
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="nowhere"):
         pyramid_rt.load(tmp_path / "nowhere")
 
 
-def test_memory_is_planned_before_it_is_taken(tiny_dir, monkeypatch):
+def test_memory_is_planned_before_it_is_taken(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_available", lambda device: 300_000)
     with pytest.raises(MemoryPlanError, match=r"MiB short \(draft: weights .* dtype .* max_seq"):
         pyramid_rt.load(tiny_dir, device="cpu")
 
 
-def test_out_of_memory_while_loading_gives_the_plan_and_frees_what_was_taken(tiny_dir, monkeypatch):
+def test_out_of_memory_while_loading_gives_the_plan_and_frees_what_was_taken(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = []
-    real = ModelTier.load.__func__
+    real: Any = vars(ModelTier)["load"].__func__
 
-    def load(cls, name, *args, **kwargs):
+    def load(cls: type[ModelTier], name: str, *args: Any, **kwargs: Any) -> Any:
         if name == "target":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         tier = real(cls, name, *args, **kwargs)
@@ -236,7 +252,7 @@ def test_out_of_memory_while_loading_gives_the_plan_and_frees_what_was_taken(tin
     assert [tier() for tier in loaded] == [None, None]
 
 
-def test_the_memory_plan_is_what_is_taken(tiny):
+def test_the_memory_plan_is_what_is_taken(tiny: Loaded) -> None:
     for name, weights, cache, _ in tiny.memory_plan.rows():
         tier = next(tier for tier in tiny.tiers if tier.name == name)
         rows = (*tier.cache.k, *tier.cache.v, tier.model.rotary)
@@ -247,12 +263,12 @@ def test_the_memory_plan_is_what_is_taken(tiny):
     assert tiny.memory_plan.round_buffers == state.nbytes()
 
 
-def _parameters(model):
+def _parameters(model: Llama) -> list[torch.Tensor]:
     layers = [value for layer in model.layers for value in (getattr(layer, name) for name in layer.__slots__)]
     return [t for t in (model.embedding, model.norm, model.head, *layers) if t is not None]
 
 
-def test_non_finite_weights_are_named_and_the_pyramid_survives(tiny):
+def test_non_finite_weights_are_named_and_the_pyramid_survives(tiny: Loaded) -> None:
     expected = tiny.generate(PROMPT, method="psd", max_new_tokens=30).tokens
     for tier, position in (("draft", len(PROMPT) + 1), ("target", len(PROMPT))):
         norm = next(t for t in tiny.tiers if t.name == tier).model.norm
@@ -266,7 +282,7 @@ def test_non_finite_weights_are_named_and_the_pyramid_survives(tiny):
         assert tiny.generate(PROMPT, method="psd", max_new_tokens=30).tokens == expected
 
 
-def test_custom_chains(tiny):
+def test_custom_chains(tiny: Loaded) -> None:
     tiers = tiny.tiers
     plain = tiny.generate(PROMPT, method="ar", max_new_tokens=20).tokens
     rt = Pyramid(tiers, [Rejection(), Match()], tokenizer=tiny.tokenizer, eos_token_ids=tiny.eos_token_ids)
@@ -285,7 +301,7 @@ def test_custom_chains(tiny):
         Fuzzy(0.1, "js2")
 
 
-def test_without_a_tokenizer_ids_are_enough(tiny):
+def test_without_a_tokenizer_ids_are_enough(tiny: Loaded) -> None:
     rt = Pyramid(tiny.tiers)
     out = rt.generate([1, 2, 3], max_new_tokens=5)
     assert (out.text, len(out.tokens)) == ("", 5)
@@ -295,7 +311,7 @@ def test_without_a_tokenizer_ids_are_enough(tiny):
         rt.generate([1], stop=["x"])
 
 
-def test_closing(tiny_dir):
+def test_closing(tiny_dir: Path) -> None:
     rt = pyramid_rt.load(tiny_dir, device="cpu")
     rt.close()
     rt.close()
@@ -303,6 +319,6 @@ def test_closing(tiny_dir):
         rt.generate(PROMPT)
 
 
-def test_the_one_liner(tiny_dir: Path, tiny):
+def test_the_one_liner(tiny_dir: Path, tiny: Loaded) -> None:
     expected = tiny.generate(PROMPT, max_new_tokens=8).text
     assert pyramid_rt.generate(tiny_dir, PROMPT, device="cpu", max_new_tokens=8) == expected

@@ -35,7 +35,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class StubDriver:
-    """What Triton asks of a driver before it compiles, answered without a GPU."""
+    """The answers that Triton wants of a driver before it compiles, given without a GPU."""
 
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -55,7 +55,7 @@ class StubDriver:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker compiles at a time: an op at all shapes, which often share a binary."""
+    """One task of a worker: an op at all shapes, which often share a binary."""
 
     arch: int
     op: str
@@ -75,7 +75,7 @@ class Compiled:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """What one of the tools that come with Triton prints."""
+    """The output of one of the tools that come with Triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -141,7 +141,7 @@ def compile_job(job: Job) -> list[Compiled]:
 
 
 def unequal_norms(compiled: list[Compiled]) -> list[str]:
-    """Where kernels of one model that should agree add a row's sums of squares up in different layouts."""
+    """Kernels of one model that should agree and add a row's sums of squares up in different layouts."""
     layouts: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for c in compiled:
         if c.needs.normalises:

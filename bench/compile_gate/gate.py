@@ -1,4 +1,4 @@
-"""What a kernel's machine code must look like: figures read from ptxas, cuobjdump and nvdisasm, and the gate.
+"""The gate over a kernel's machine code, and the figures it reads from ptxas, cuobjdump and nvdisasm.
 
 Text in, figures out: nothing here compiles or imports Triton, so the parsers are tested on samples.
 """
@@ -48,7 +48,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the gate asks of one kernel beyond the general.
+    """Demands of the gate on one kernel, beyond the general ones.
 
     Attributes:
         tensor_core: products must run on the architecture's widest tensor core instruction.
@@ -68,7 +68,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is kept in the manifest, per kernel."""
+    """The manifest's entry of a kernel."""
 
     registers: int
     spill_bytes: int
@@ -133,7 +133,7 @@ def loop_loads(text: str) -> list[tuple[int, int, bool]]:
 
 
 def barrier_before_arrivals(instructions: list[Instruction]) -> bool:
-    """Whether a BAR.SYNC stands between each global atomic and the last global store before it."""
+    """True if a BAR.SYNC stands between each global atomic and the last global store before it."""
     barrier = True
     for instruction in instructions:
         if instruction.name == "STG":
@@ -171,7 +171,7 @@ def parse_resources(text: str) -> tuple[int, int, int]:
 
 
 def programs_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> int:
-    """How many programs one SM holds at a time."""
+    """The number of programs that one SM holds at a time."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // (per_warp * num_warps)
     by_shared = SHARED_SM[arch] // (shared + 1024)
@@ -179,7 +179,7 @@ def programs_per_sm(arch: int, registers: int, shared: int, num_warps: int) -> i
 
 
 def sum_layouts(ttgir: str) -> str:
-    """How the operands of the sums along an axis lie over threads, each different one once, " | " between.
+    """Layouts over threads of the operands of sums along an axis, each different one once, " | " between.
 
     `16x32 [4,1] [4,8] [1,4] [0,1]` is a block of that shape: sizes per thread, threads per warp, warps and
     order. The layout decides the order of the additions.
@@ -251,7 +251,7 @@ def figures(
 
 
 def gate(found: Figures, needs: Needs, arch: int) -> list[str]:
-    """What is wrong with a kernel, in words; nothing if it passes."""
+    """Faults of a kernel, in words; nothing if it passes."""
     wrong = []
     if found.spill_bytes:
         wrong.append(f"{found.spill_bytes} bytes spilled")

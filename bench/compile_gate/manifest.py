@@ -19,7 +19,7 @@ FIELDS = [field.name for field in fields(Figures)]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Kernel:
-    """Which kernel of which op, compiled for which model.
+    """A kernel's key: its op, and the model that it was compiled for.
 
     Attributes:
         op, dtype, variant: as in `bench.compile_gate`.

@@ -1,4 +1,4 @@
-"""What the gate compiles at a time."""
+"""One variant of a kernel, as the gate compiles it."""
 
 from __future__ import annotations
 

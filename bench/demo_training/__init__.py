@@ -1,1 +1,1 @@
-"""How the demo pyramid is trained, measured and described."""
+"""The demo pyramid's training, measurement and description."""

@@ -44,7 +44,7 @@ def model_card(report: dict[str, Any]) -> str:
 
 
 def tiers_part(report: dict[str, Any]) -> list[str]:
-    """What the three models are."""
+    """The three models: sizes, files, losses."""
     held = report["held_out"]
     lines = [
         "# The demo pyramid",
@@ -74,7 +74,7 @@ def tiers_part(report: dict[str, Any]) -> list[str]:
 
 
 def agreement_part(report: dict[str, Any]) -> list[str]:
-    """How often the tiers have the same most likely token."""
+    """The share of positions at which the tiers have the same most likely token."""
     held, foreign = report["held_out"], report["held_out_packages"]
     lines = [
         "## Agreement",
@@ -98,7 +98,7 @@ def agreement_part(report: dict[str, Any]) -> list[str]:
 
 
 def completions_part(report: dict[str, Any]) -> list[str]:
-    """Whether what the methods write is Python; nothing where it was not measured."""
+    """The share of texts by each method that is Python; nothing where it was not measured."""
     if "completions" not in report:
         return []
     found = report["completions"]
@@ -125,7 +125,7 @@ def completions_part(report: dict[str, Any]) -> list[str]:
 
 
 def data_part(report: dict[str, Any]) -> list[str]:
-    """What they learned from, and how."""
+    """The training: texts, tokens, course."""
     corpus = report["corpus"]
     packages = corpus["packages"]
     files, size, tokens = (sum(p[key] for p in packages) for key in ("files", "bytes", "tokens"))
@@ -163,7 +163,7 @@ def data_part(report: dict[str, Any]) -> list[str]:
 
 
 def licences_part(report: dict[str, Any]) -> list[str]:
-    """What the text that was learned from is licensed under."""
+    """Licences of the training text."""
     lines = [
         "## Licences",
         "",
@@ -183,7 +183,7 @@ def licences_part(report: dict[str, Any]) -> list[str]:
 
 
 def limits_part(report: dict[str, Any]) -> list[str]:
-    """What not to expect."""
+    """Limits of the models."""
     return [
         "## Limits",
         "",

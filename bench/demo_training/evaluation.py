@@ -1,4 +1,4 @@
-"""What the demo pyramid is worth: agreement of its tiers, and whether what it writes is Python.
+"""The worth of the demo pyramid: agreement of its tiers, and the share of its texts that is Python.
 
     python -m bench.demo_training.evaluation --weights pyramid_rt/demo --work build/demo
 
@@ -26,7 +26,7 @@ import ast
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ INCOMPLETE = "incomplete input"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What Python says of one completion; `distinct` is the share of different lines."""
+    """Python's verdict on one completion; `distinct` is the share of different lines."""
 
     parses: bool
     valid: bool
@@ -143,7 +143,7 @@ def boundaries(source: str) -> list[int]:
     return starts
 
 
-def prefix_of(source: str, encode: Callable[[str], Sequence[int]], choice: float) -> str | None:
+def prefix_of(source: str, encode: Callable[[str], Sized], choice: float) -> str | None:
     """Cut a prefix from a module.
 
     Args:
@@ -170,9 +170,7 @@ def prefix_of(source: str, encode: Callable[[str], Sequence[int]], choice: float
     return "\n".join(lines[starts[begin] : starts[place]]) + "\n"
 
 
-def prefixes(
-    documents: Sequence[str], encode: Callable[[str], Sequence[int]], count: int, seed: int
-) -> list[str]:
+def prefixes(documents: Sequence[str], encode: Callable[[str], Sized], count: int, seed: int) -> list[str]:
     """Cut ``count`` different prefixes from the documents in turn, or fewer where they do not give as many."""
     rng = np.random.default_rng([seed, 7])
     usable = [text for text in documents if parse(text) is not None]

@@ -1,4 +1,4 @@
-"""What gpu_check runs: the registered problems and the lists of their cases. Pure data but for `build`.
+"""The registered problems of the check and the lists of their cases. Pure data but for `build`.
 
 An op joins with a problem class (`gpu_problems.Problem`), its cases here, and, to be timed, an entry in
 `gpu_timed.TIMED`.
@@ -43,7 +43,7 @@ VOCABS = (128256, 4096, 49152, 32749)
 
 
 def ships(case: Case) -> bool:
-    """Whether a case belongs to what is run first: the type of the weights, and decisions."""
+    """True for the cases that run first: those in the type of the weights, and decisions."""
     return case.dtype == "bfloat16" or case.op in DECISION_OPS
 
 

@@ -1,4 +1,4 @@
-"""Which tasks a run of gpu_check does, and in which order: what matters most first, all within a budget."""
+"""The tasks of a run and their order: what matters most first, all within a budget."""
 
 from __future__ import annotations
 

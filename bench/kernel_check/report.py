@@ -336,7 +336,7 @@ def timing_table(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(report: Report) -> str:
-    """What is printed last."""
+    """The lines that are printed last."""
     rows = with_shares(report.rows)
     parts = [*timing_lines(rows), "", *timing_table(rows), "", *check_summary(rows), ""]
     parts += [goal.line() for goal in goals(rows, str(report.head.get("device", "")))]

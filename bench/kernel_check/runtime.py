@@ -1,4 +1,4 @@
-"""What differs between a GPU and the interpreter: the device, graphs, events, other work alongside.
+"""The differences between a GPU and the interpreter: the device, graphs, events, other work alongside.
 
 Everything that only CUDA can do is in `CudaRuntime`; the rest of gpu_check goes through `Runtime`.
 """

@@ -28,7 +28,7 @@ RACE_LENGTHS = (1, 16, 17, 64)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker does at a time; travels between processes.
+    """One task of a worker; travels between processes.
 
     Attributes:
         kind: one of `KINDS`.

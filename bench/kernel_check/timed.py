@@ -96,7 +96,7 @@ class TimedEmbed:
 
 
 class _Matrix:
-    """What the products share: rows, norm, sets of weights."""
+    """The inputs that products share: rows, norm, sets of weights."""
 
     def __init__(
         self,

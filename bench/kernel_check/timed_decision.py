@@ -167,7 +167,7 @@ class TimedDecision:
         return self.chains(length, sets)
 
     def compilable(self, length: int) -> tuple[Launch, ...]:
-        """What a compiler should see of this T."""
+        """The launches of this T that a compiler should see."""
         return self.parts(self.state, length)
 
     # torch's side
@@ -332,7 +332,7 @@ class TimedReport(TimedDecision):
         return (report.plan(state, self.reported, self.numbers, self.most),)
 
     def decision(self, length: int) -> Callable[[], Tensor]:
-        """What `pyramid_rt.cli.command.report` does where torch decides: words, counters and tokens put together."""
+        """The readback where torch decides: words, counters and tokens put together."""
         b = self.state
         end, cached, bad, ended = b.control[:1], b.control[2:4], b.control[8:10], b.ended.reshape(1)
 

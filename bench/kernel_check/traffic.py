@@ -156,7 +156,7 @@ _COUNTS |= {op: _decision(op) for op in DECISION_OPS}
 
 
 def traffic(op: str, shape: Shape, *, length: int, context: int = 0, itemsize: int = 2) -> Traffic:
-    """What one launch must read and write.
+    """The bytes that one launch must read and write.
 
     Args:
         op: one of `STEP_OPS`, or compact for a whole tier of which `length` rows move, or one of `DECISION_OPS`.
@@ -177,7 +177,7 @@ def step_traffic(shape: Shape, *, length: int, context: int, itemsize: int = 2) 
 
 
 def copies_for(stationary: int, l2_bytes: int) -> int:
-    """How many sets of weights to rotate, so that one comes around after more than three times the L2."""
+    """The number of sets of weights to rotate, so that one comes around after more than three times the L2."""
     return max(2, 3 * l2_bytes // max(stationary, 1) + 1)
 
 

@@ -23,14 +23,14 @@ START_LIMIT = 120.0
 
 
 class Hands(Protocol):
-    """What a child does; made in the child by a factory."""
+    """The work of a child; made in the child by a factory."""
 
     def perform(self, task: Task) -> Iterator[Row]:
         """Run a task."""
         ...
 
     def broken(self) -> bool:
-        """Whether the device can no longer be used."""
+        """True once the device can no longer be used."""
         ...
 
     def release(self) -> None:
@@ -105,7 +105,7 @@ def serve(connection: Connection, factory: Callable[[str], Hands], device: str) 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a task ended.
+    """The end of a task: result, error or time-out.
 
     Attributes:
         error: "" if it ran to its end.
@@ -289,7 +289,7 @@ class Compilers:
         return ""
 
     def ready(self, task: Task) -> bool:
-        """Whether waiting for a task's binaries would take no time."""
+        """True where waiting for a task's binaries would take no time."""
         future = self._futures.get(task.compiles)
         return future is None or future.done()
 

@@ -73,7 +73,7 @@ class Search:
         return {} if base is None else {config: score(times, base) for config, times in self.times.items()}
 
     def tried(self, config: Any) -> bool:
-        """Whether it was timed or rejected."""
+        """True once it was timed or rejected."""
         return config in self.times or config in self.rejected
 
     def best(self) -> Any:
@@ -181,7 +181,7 @@ class Tuner:
         return time.monotonic() - self.begin
 
     def tasks(self, item: Any, config: Any) -> list[Any]:
-        """What is timed for a configuration."""
+        """The launches that are timed for a configuration."""
         from bench.kernel_check.tasks import Task
         from bench.kernel_tuner.space import WEIGHTS
 
@@ -331,7 +331,7 @@ class Tuner:
 
 
 def shipped_config(item: Any, place: Any, dtype: Any) -> Any:
-    """What the tables give for an item today."""
+    """The configuration that the tables give for an item today."""
     from bench.kernel_check.traffic import matrix
     from pyramid_rt.kernels.configs import projection_config
     from pyramid_rt.kernels.forward.attention_configs import config_for

@@ -48,7 +48,7 @@ _SPLITS = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What has one configuration: a matrix product at one shape, or attention of one head size.
+    """One item of the search: a matrix product at one shape, or attention of one head size.
 
     Attributes:
         op: as in `gpu_traffic`.
@@ -98,12 +98,12 @@ def shared_bytes(config: ProjectionConfig, itemsize: int) -> int:
 
 
 def attention_shared_bytes(config: AttentionConfig, head_dim: int, itemsize: int) -> int:
-    """Likewise of K and V."""
+    """The same of K and V."""
     return 2 * config.block_n * head_dim * itemsize * (config.num_stages - 1)
 
 
 def fits(item: Item, config: AnyConfig, *, arch: int, itemsize: int) -> bool:
-    """Whether a configuration may be worth compiling."""
+    """True where a configuration may be worth compiling."""
     limit = SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
     if isinstance(config, AttentionConfig):
         return attention_shared_bytes(config, item.shapes[0].head_dim, itemsize) <= limit

@@ -22,7 +22,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3"]
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `pack` takes matrices of this kind: float32 ones on a CPU, where torch was built with oneDNN."""
+    """True where `pack` takes matrices of this kind: float32 ones on a CPU, with a torch built with oneDNN."""
     # torch's compiler calls these two; they are not part of its public interface.
     there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return device.type == "cpu" and dtype == torch.float32 and there and torch.backends.mkldnn.is_available()
@@ -161,7 +161,7 @@ def write_cache(cache: Tensor, values: Tensor, positions: Tensor) -> None:
 
 
 def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype) -> Tensor:
-    """What row t may see: cache rows 0 .. positions[t].
+    """The rows that row t may see: cache rows 0 .. positions[t].
 
     positions [T] int64 -> [T * G, kv_bound] dtype, 0 where seen and -inf elsewhere, row t * G + g being query
     head g of its group at window row t.
@@ -174,7 +174,7 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
 def tree_mask(
     start: Tensor, ancestors: Tensor, kv_bound: int, group: int, dtype: torch.dtype, *, length: int
 ) -> Tensor:
-    """What a tree's row t may see: cache rows below start, and window rows start + j with bit j of ancestors[t].
+    """The rows a tree's row t sees: cache rows below start, and window rows start + j with bit j of ancestors[t].
 
     start one int64, ancestors [>= T] int64 -> [T * G, kv_bound] dtype as `causal_mask`.
     """

@@ -17,7 +17,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What `make_backend` calls it."""
+        """Its name in `make_backend`."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Which backend a tier runs on, chosen once and explicitly at load; there is no silent fallback."""
+"""The backend that a tier runs on, chosen once and explicitly at load; there is no silent fallback."""
 
 from __future__ import annotations
 

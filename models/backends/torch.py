@@ -16,7 +16,7 @@ PACKED_BYTES = 2**19
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where the rows of one forward pass stand; made once per pass, read by every layer.
+    """The positions of one forward pass's rows; made once per pass, read by every layer.
 
     Attributes:
         positions: [T] int64, absolute positions start .. start + T - 1.
@@ -107,5 +107,5 @@ class TorchBackend:
 
 
 def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the `torch` backend computes with a packed copy of such a matrix (`reference.pack`)."""
+    """True where the `torch` backend computes with a packed copy of such a matrix (`reference.pack`)."""
     return rows * columns * dtype.itemsize >= PACKED_BYTES and reference.can_pack(device, dtype)

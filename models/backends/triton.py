@@ -31,7 +31,7 @@ _MOST_GROUP = 8
 
 @dataclass(frozen=True, slots=True)
 class TritonWindow:
-    """Where the rows of one pass stand.
+    """The positions of one pass's rows.
 
     Attributes:
         start: 0-d int64, absolute position of the first row.
@@ -80,7 +80,7 @@ class Configs:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """What the passes of one tier write besides its cache. C hidden size, I intermediate size, H heads of size D.
+    """Buffers that a tier's passes write besides its cache. C hidden size, I intermediate size, H heads of size D.
 
     Attributes:
         stream: [64, C] dtype, the residual stream.
@@ -322,7 +322,7 @@ class TritonBackend:
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """Where a recorded pass puts what its LM head computes; M rows, of which the placement says which.
+    """The tensors that take what a recorded pass's LM head computes; M rows, of which the placement says which.
 
     Attributes:
         vocab_size: entries that count; later ones of a row are -inf.

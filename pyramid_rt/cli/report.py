@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from pyramid_rt.result import GenerationResult
 
 MIB = 2**20
-
-
-def result_object(result: GenerationResult) -> dict[str, Any]:
-    """Return a result as the JSON object that ``generate --json`` prints."""
-    content = {
-        "text": result.text,
-        "tokens": list(result.tokens),
-        "finish_reason": result.finish_reason,
-        "seed": result.seed,
-        "stats": result.stats.to_dict(),
-    }
-    if result.logprobs is not None:
-        content["logprobs"] = [asdict(entry) for entry in result.logprobs]
-    return content
 
 
 def summary(result: GenerationResult) -> str:
@@ -72,17 +58,23 @@ def print_comparison(
     headers = ["tokens/s", f"x {BASELINE}", "tokens per\ntarget pass"]
     for header in (*headers, *(f"{name}\naccepted" for name in names), "not the\ntarget's"):
         table.add_column(header, justify="right")
+    best = max(
+        (row for row in rows if row.lossless and not row.unequal), key=lambda row: row.ratio, default=None
+    )
     for row in rows:
         table.add_row(
-            row.method,
+            f"{row.method} *" if row is best else row.method,
             "yes" if row.lossless else "no",
             _number(row.tokens_per_second),
             _number(row.ratio, 2),
             _number(row.tokens_per_target_forward, 2),
             *(_percent(row.acceptance.get(name)) for name in names),
             "0" if row.lossless else _percent(row.differs),
+            style="bold green" if row is best else None,
         )
     console.print(table)
+    if best is not None:
+        console.print(f"* the fastest that writes what {BASELINE} writes", style="dim")
     console.print(
         f"Greedy, {prompts} prompts of {max_new_tokens} new tokens each, methods taking turns; "
         f"median of {rows[0].repeats}."
@@ -133,7 +125,10 @@ def print_info(console: Console, pyramid: Pyramid) -> None:
         "defaults set": ", ".join(f"{key} {value}" for key, value in pyramid.defaults.items()) or "none",
     }
     for name, value in lines.items():
-        console.print(f"{name:<13} {value}", soft_wrap=True)
+        line = f"{name:<13} {value}"
+        if not console.soft_wrap:
+            line = textwrap.fill(line, console.width, subsequent_indent=" " * 14)
+        console.print(line, markup=False)
 
 
 def _models(pyramid: Pyramid) -> list[ModelTier]:

@@ -17,8 +17,10 @@ from pyramid_rt.tuning.search import LOSSY_GAIN, Row, Tuning
 
 _WIDTHS_SHOWN = (1, 2, 4, 8, 16, 32)
 _KEY = (
-    "* chosen. Lengths: draft / qualifier, thresholds: qualifier / target, of those that the method has. "
-    "Not lossless: the share of tokens that are not the target's own."
+    "* chosen. Lengths draft/qualifier, thresholds qualifier/target and tokens accepted draft/qualifier, of those "
+    f"that the method has; tokens per second as the model said and as run, and over those of {BASELINE}; tokens per "
+    f"target pass. The tokens are as {BASELINE} writes them, or other ones of the same distribution, or so many are "
+    "not the target's own (! too many)."
 )
 # Options of a setting: how they are said.
 _WRITTEN = {
@@ -125,15 +127,15 @@ def _passes(tuning: Tuning) -> Table:
 
 
 def _agreement(tuning: Tuning) -> Table:
-    """Shares of positions that stand by match and by threshold."""
+    """Shares of positions that stand by match, and by threshold, each below its threshold."""
     kind = tuning.common["divergence"]
-    table = _table(f"tokens that stand, by rule ({kind} up to ...)")
+    table = _table("tokens that stand")
     table.add_column("match", justify="right")
     found = [(pair, thresholds(tuning.traces, pair)) for pair in _pairs(tuning)]
-    for _ in range(max(len(values) for _, values in found)):
-        table.add_column("", justify="right")
+    for place in range(max(len(values) for _, values in found)):
+        table.add_column(f"{kind} <=" if place == 0 else "", justify="right", no_wrap=True)
     for pair, values in found:
-        shares = (f"{v:g}: {100 * standing_share(tuning.traces, pair, v):.0f} %" for v in values)
+        shares = (f"{v:g}\n{100 * standing_share(tuning.traces, pair, v):.0f} %" for v in values)
         name = f"{tuning.tiers[pair[0]]} to {tuning.tiers[pair[1]]}"
         table.add_row(name, f"{100 * agreement(tuning.traces, pair):.0f} %", *shares)
     return table
@@ -145,15 +147,13 @@ def _pairs(tuning: Tuning) -> list[tuple[int, int]]:
 
 
 def _finalists(tuning: Tuning) -> Table:
-    table = _table("method")
+    table = _table("method", gap=1)  # eighty columns just hold it
     table.add_column("lengths")
-    table.add_column("thresholds")
-    for header in ("tokens/s\nmodel", "\nmeasured", f"\nx {BASELINE}", "tokens per\ntarget pass"):
+    table.add_column("thres-\nholds")
+    for header in ("tok/s\nmodel", "tok/s\nrun", f"x {BASELINE}", "per\npass"):
         table.add_column(header, justify="right")
-    names = list(dict.fromkeys(name for row in tuning.rows for name in row.acceptance))
-    for name in names:
-        table.add_column(f"{name}\naccepted", justify="right")
-    table.add_column("lossless")
+    table.add_column("accep-\nted", justify="right")
+    table.add_column("tokens")
     for row in sorted(tuning.rows, key=lambda row: -row.ratio):
         setting, chosen = row.setting, row is tuning.chosen
         table.add_row(
@@ -164,30 +164,25 @@ def _finalists(tuning: Tuning) -> Table:
             f"{row.tokens_per_second:.1f}",
             f"{row.ratio:.2f}",
             "–" if row.tokens_per_target_forward is None else f"{row.tokens_per_target_forward:.2f}",
-            *(_share(row.acceptance, name) for name in names),
-            _lossless(row, tuning),
-            style="bold" if chosen else None,
+            "/".join("–" if share is None else f"{100 * share:.0f}" for share in row.acceptance.values())
+            + (" %" if row.acceptance else ""),
+            _tokens(row, tuning),
+            style="bold green" if chosen else None,
         )
     return table
 
 
 def _joined(*values: float | None) -> str:
-    return " / ".join(f"{value:g}" for value in values if value is not None)
+    return "/".join(f"{value:g}" for value in values if value is not None)
 
 
-def _share(acceptance: dict[str, float | None], name: str) -> str:
-    value = acceptance.get(name)
-    return "" if name not in acceptance else "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _lossless(row: Row, tuning: Tuning) -> str:
-    """Whether a row is lossless, and how its tokens stand to the target's own."""
+def _tokens(row: Row, tuning: Tuning) -> str:
+    """How the tokens of a row stand to the target's own."""
     if row.differs is not None:
-        over = ", too many" if row.differs > tuning.options.max_differs else ""
-        return f"no: {100 * row.differs:.1f} %{over}"
+        return f"{100 * row.differs:.1f} %{' !' if row.differs > tuning.options.max_differs else ''}"
     if row.unequal is None:
-        return "yes, by other tokens"
-    return f"yes: as {BASELINE}" if not row.unequal else f"yes, but {row.unequal} NOT as {BASELINE}"
+        return "others"
+    return f"as {BASELINE}" if not row.unequal else f"{row.unequal} NOT"
 
 
 def _equality(tuning: Tuning) -> list[str]:
@@ -263,7 +258,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _table(first: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _table(first: str, gap: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
     table.add_column(first)
     return table

@@ -1,4 +1,4 @@
-"""Acceptance rules: what decides how long a prefix of a proposal stands (DESIGN: "Rules").
+"""Acceptance rules: what decides how long a prefix of a proposal stands .
 
 A rule is a small frozen object with no state. `judge` sees one verify: R proposed tokens, the verifying tier's
 raw and processed rows for them, and what the proposing tier handed up.
@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyramid_rt import checks
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -105,9 +106,10 @@ class Fuzzy:
     residual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        threshold = self.threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
-            raise InputError(f"threshold must be a number >= 0, found {threshold!r}")
+        threshold = checks.number("threshold", self.threshold, 0.0, infinite=True)
+        if checks.FLOAT32_MAX < threshold < math.inf:
+            raise InputError(f"threshold must be a number >= 0 that float32 can hold, found {threshold!r}")
+        object.__setattr__(self, "threshold", threshold)
         if self.divergence not in ops.DIVERGENCES:
             known = ", ".join(ops.DIVERGENCES)
             raise InputError(f"unknown divergence {self.divergence!r}; expected one of {known}")

@@ -13,7 +13,9 @@ import torch
 from bench.compile_gate import command as compile_kernels
 from bench.compile_gate import gate, manifest
 from bench.compile_gate.decision_variants import STANDS_FOR_ALL
+from bench.compile_gate.variants import LENGTHS, OPS
 from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.models.shapes import SHAPES
 
 SASS = """\
 	.headerflags	@"EF_CUDA_SM90"
@@ -233,17 +235,15 @@ def test_kernels_of_a_model_must_normalise_alike() -> None:
         assert compile_kernels.unequal_norms([first, replace(second, needs=needs)]) == []
 
 
-@pytest.mark.parametrize("op", sorted(compile_kernels.OPS))
+@pytest.mark.parametrize("op", sorted(OPS))
 def test_every_op_is_planned_for_every_shape_dtype_and_length(
     op: str,
 ) -> None:
     """The plans themselves, which refuse what does not fit; the compiler is not needed for that."""
-    for shape in compile_kernels.SHAPES:
+    for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             for arch in (80, 90, 100):
-                plans = [
-                    list(compile_kernels.OPS[op](shape, dtype, arch, n)) for n in compile_kernels.LENGTHS
-                ]
+                plans = [list(OPS[op](shape, dtype, arch, n)) for n in LENGTHS]
                 names = [variant.name for variant in plans[0]]
                 assert len(set(names)) == len(names)
                 stands = (shape.name, str(dtype).removeprefix("torch.")) == STANDS_FOR_ALL
@@ -262,5 +262,5 @@ def test_the_committed_manifest_has_only_known_kernels_that_pass() -> None:
         for arch, kernels in architectures.items():
             assert arch in compile_kernels.ARCHITECTURES
             for kernel, stored in kernels.items():
-                assert kernel.op in compile_kernels.OPS
+                assert kernel.op in OPS
                 assert gate.gate(stored, gate.Needs(), int(arch[3:])) == [], kernel

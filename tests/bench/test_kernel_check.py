@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.compile_gate.command import SHAPES
 from bench.kernel_check import cases as gpu_cases
 from bench.kernel_check import command as gpu_check
 from bench.kernel_check import plan as gpu_plan
@@ -22,6 +21,7 @@ from bench.kernel_check.problems import oracle as gpu_oracle
 from bench.kernel_check.problems.base import Case
 from bench.kernel_check.runtime import InterpreterRuntime
 from bench.kernel_check.tasks import Task
+from pyramid_rt.models.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("children_find_bench")
 

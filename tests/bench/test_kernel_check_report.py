@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bench.compile_gate.command import SHAPES
 from bench.kernel_check import report as gpu_report
 from bench.kernel_check.tasks import Row
 from bench.kernel_check.traffic import (
@@ -21,6 +20,7 @@ from bench.kernel_check.traffic import (
     step_traffic,
     traffic,
 )
+from pyramid_rt.models.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from bench.compile_gate.command import SHAPES
 from bench.kernel_check import runtime as gpu_runtime
 from bench.kernel_check import worker as gpu_worker
 from bench.kernel_check.cases import llama_sizes
 from bench.kernel_check.problems.base import Case
 from bench.kernel_check.runtime import Sample
 from bench.kernel_check.tasks import Row, Task
+from pyramid_rt.models.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("children_find_bench")
 
@@ -202,7 +203,7 @@ class FakeCuda:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(gpu_runtime.torch, "cuda", fake)
+    monkeypatch.setattr(torch, "cuda", fake)
     return fake
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compile_gate.command import SHAPES, Shape
 from bench.kernel_check import tasks as gpu_tasks
 from bench.kernel_check import worker as gpu_worker
 from bench.kernel_check.runtime import InterpreterRuntime
@@ -23,6 +22,7 @@ from pyramid_rt.kernels import configs
 from pyramid_rt.kernels.configs import ProjectionConfig, projection_config
 from pyramid_rt.kernels.forward import attention_configs
 from pyramid_rt.kernels.forward.attention_configs import AttentionConfig, Splits, config_for
+from pyramid_rt.models.shapes import SHAPES, Shape
 
 SHIPPED = projection_config("gate_up", 90, 28672, 4096, torch.bfloat16)
 ATTENTION = config_for(torch.bfloat16, 128, 90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def test_time_that_the_process_stood_still_is_not_spent(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 1000 * 3600, 3600))  # every look at the clock is an hour after the one before
-    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     stage = train(tmp_path, corpus, 512 * 3, monkeypatch, workers=1)
     assert stage.spent == 3 * training.LONGEST_STEP
     assert stage.rate == schedule(512 * 2, 512 * 3, 1.0, 512)  # and the schedule does not know about it

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +14,12 @@ import pytest
 from rich.console import Console
 
 import pyramid_rt
-from pyramid_rt.cli import command as cli
+from pyramid_rt import cli
 from pyramid_rt.cli import report
 from pyramid_rt.tuning.compare import compare
 
 PROMPT = "def read(path):\n    with open("
-STATS = {"text", "tokens", "finish_reason", "stats", "seed"}
+RESULT = {"text", "tokens", "finish_reason", "stats", "seed", "usage"}
 TIER_STATS = {"name", "forwards", "proposed", "accepted", "acceptance_rate", "mean_accepted", "seconds"}
 
 
@@ -45,7 +42,7 @@ def test_json_holds_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None
     result = generate(
         capsys, "--method", "psd", "--temperature", "0.8", "--top-p", "0.9", "--seed", "7", PROMPT
     )
-    assert result.keys() == STATS
+    assert result.keys() == RESULT
     assert (len(result["tokens"]), result["seed"]) == (12, 7)
     assert {"tokens_per_target_forward", "time_to_first_token", "tokens_per_second"} <= result["stats"].keys()
     tiers = result["stats"]["tiers"]
@@ -121,6 +118,19 @@ def test_logprobs_are_json(capsys: pytest.CaptureFixture[str]) -> None:
         (("init", "/no/such/place"), "--target"),
         (("init", "/no/such/place", "--target", "/nor/there"), "/nor/there"),
         (("demo", "--repeats", "0"), "--repeats"),
+        (("generate", "--logprobs", "2", "a"), "--logprobs needs --json"),
+        (("generate", "--dtype=--", "a"), "dtype must be one of float32, bfloat16, float16, found '--'"),
+        (("generate", "--top-k=--", "a"), "--top-k: invalid int value: '--'"),
+        (("generate", "--top-k", "9" * 30, "a"), "top_k"),
+        (("generate", "--top-k", "9" * 5000, "a"), "--top-k"),
+        (("generate", "--temperature", "1e39", "a"), "temperature"),
+        (("generate", "--json=yes", "a"), "--json"),
+        (("generate", "--weights", "", "a"), "--weights"),
+        (("generate", "--weights", "a\0b", "a"), "--weights"),
+        (("init", "d", "--target=--"), "--"),
+        (("tune", "d", "--json=--"), "d does not exist"),
+        (("tune", "d", "--json", "/no/such/place/x"), "--json: /no/such/place is no directory"),
+        (("tune", "d", "--json", "/tmp"), "--json: /tmp is a directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -140,6 +150,65 @@ def test_standard_input_that_is_no_text(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert run("generate", "-") == 2
     assert "not UTF-8 (byte 2)" in capsys.readouterr().err
+
+
+def test_a_stop_string_may_look_like_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    text = generate(capsys, "--ignore-eos", PROMPT)["text"]
+    for stop in ("--", "-x", "--json"):
+        assert generate(capsys, "--ignore-eos", f"--stop={stop}", PROMPT)["text"] == text
+
+
+def test_a_prompt_may_look_like_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(capsys, "--", "--json")["usage"]["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize("command", ["generate", "init", "demo", "info", "tune"])
+def test_every_flag_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    for block in capsys.readouterr().out.split("\n  -")[1:]:
+        flag, *words = block.split()
+        assert len(words) > 3, flag
+
+
+def test_the_version_and_the_exit_statuses_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--version")
+    assert capsys.readouterr().out == f"pyramid-rt {pyramid_rt.__version__}\n"
+    with pytest.raises(SystemExit):
+        run("--help")
+    out = capsys.readouterr().out
+    assert all(f"\n  {status}  " in out for status in ("0  ", "2  ", "130", "141"))
+
+
+def test_a_pyramid_that_was_never_tuned_is_said_once(
+    capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    plain = ("generate", "--weights", str(tiny_dir), "--device", "cpu", "--max-new-tokens", "2")
+    assert run(*plain, "--json", "The") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("pyramid-rt: this pyramid was never tuned: psd ")
+    assert err.count("\n") == 1
+    assert run(*plain, "--json", "--method", "sd", "The") == 0
+    assert capsys.readouterr().err == ""
+    tuned = Path(shutil.copytree(tiny_dir, tmp_path / "tuned"))
+    names = {name: name for name in ("draft", "qualifier", "target")}
+    (tuned / "pyramid.json").write_text(json.dumps(names | {"defaults": {"method": "ar"}}))
+    assert run("generate", "--weights", str(tuned), "--max-new-tokens", "2", "--json", "The") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_tune_found_is_saved_though_its_report_cannot_be(
+    capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    directory, prompts = Path(shutil.copytree(tiny_dir, tmp_path / "pyramid")), tmp_path / "prompts.txt"
+    prompts.write_text("The quick")
+    short = ("--budget", "1", "--repeats", "1", "--max-new-tokens", "6", "--device", "cpu")
+    assert run("tune", str(directory), "--prompts", str(prompts), *short, "--json", "/dev/full") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "/dev/full: cannot write it: No space left on device" in err
+    assert json.loads((directory / "pyramid.json").read_text())["defaults"]["method"] in ("ar", "sd", "psd")
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +279,7 @@ class FakePyramid:
 
 
 def test_compare_takes_turns_and_sums_up() -> None:
-    fake = FakePyramid()
+    fake: Any = FakePyramid()
     rows = compare(fake, ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=2)
     turn = [("a", "ar"), ("a", "sd"), ("a", "fsd"), ("b", "ar"), ("b", "sd"), ("b", "fsd")]
     assert fake.calls[3:] == turn * 2
@@ -229,7 +298,8 @@ def test_compare_takes_turns_and_sums_up() -> None:
     [("", "on all 2 prompts: sd is equal"), ("sd", "sd is NOT equal to ar: 1 of 2 outputs")],
 )
 def test_the_verdict_says_so_when_lossless_is_not(wrong: str, words: str) -> None:
-    rows = compare(FakePyramid(wrong), ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=1)
+    fake: Any = FakePyramid(wrong)
+    rows = compare(fake, ["a", "b"], ["ar", "sd", "fsd"], max_new_tokens=5, repeats=1)
     out = io.StringIO()
     report.print_comparison(Console(file=out, width=100), rows, 2, 5)
     assert words in out.getvalue()
@@ -244,39 +314,21 @@ def test_demo_shows_text_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     for method in ("ar", "sd", "fsd", "psd", "psd_a", "psd_f"):
         assert any(line.split()[:1] == [method] for line in out.splitlines()), method
     assert "token by token" in out
+    marked = [line.split()[0] for line in out.splitlines() if " * " in line]
+    assert len(marked) == 1
+    assert marked[0] in ("ar", "sd", "psd")
+    assert "\x1b" not in out
 
 
-# As a process.
-
-
-# A test run in the background of a shell ignores SIGINT, and so would its children.
-PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from pyramid_rt.cli import main
-sys.exit(main())
-"""
-
-
-def start(*argv: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_closed_pipe_is_silent() -> None:
-    process = start("generate", "--ignore-eos", "--max-new-tokens", "900", PROMPT)
-    assert process.stdout
-    assert process.stderr
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 141
-
-
-def test_ctrl_c_ends_with_130() -> None:
-    process = start("generate", "--ignore-eos", "--max-new-tokens", "900", PROMPT)
-    assert process.stdout
-    process.stdout.read(1)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate()
-    assert (process.returncode, err) == (130, "\n")
+def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    demo = Path(shutil.copytree(pyramid_rt.demo_weights(), tmp_path / "demo"))
+    assert run("info") == 0
+    assert run("demo", "--max-new-tokens", "2", "--repeats", "1") == 0
+    short = ("--dry-run", "--lossy", "--budget", "2", "--repeats", "1", "--max-new-tokens", "6")
+    (tmp_path / "prompts.txt").write_text("def f(")
+    assert run("tune", str(demo), "--prompts", str(tmp_path / "prompts.txt"), *short) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tables = [line for line in lines if line.startswith(("draft ", "target ", "ar ", "psd_a ", "method "))]
+    assert len(tables) >= 10
+    assert max(map(len, tables)) <= 80
+    assert "…" not in "".join(tables)

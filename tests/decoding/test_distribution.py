@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ MARGIN = 1.5
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,35 +84,35 @@ def names(rules: Sequence[Rule]) -> str:
     return "-".join(rule.name + ("+match" if getattr(rule, "or_match", False) else "") for rule in rules)
 
 
-def test_plain_decoding_is_exact(plain):
+def test_plain_decoding_is_exact(plain: dict[int, Tensor]) -> None:
     assert max(distances(plain_tokens(plain, 3), 3)) < MARGIN
 
 
-def test_sd_rejection_is_exact():
+def test_sd_rejection_is_exact() -> None:
     assert max(distances(decode((Rejection(),)), 2)) < MARGIN
 
 
 @pytest.mark.parametrize("inner_rounds", [None, 2], ids=["until", "fixed"])
 @pytest.mark.parametrize("lower", LOWER, ids=lambda rule: names([rule]))
-def test_three_tiers_with_rejection_on_top_are_exact(lower, inner_rounds):
+def test_three_tiers_with_rejection_on_top_are_exact(lower: Any, inner_rounds: int | None) -> None:
     assert max(distances(decode((lower, Rejection()), inner_rounds), 3)) < MARGIN
 
 
 @pytest.mark.parametrize("lower", list(itertools.product(LOWER, LOWER)), ids=names)
-def test_four_tiers_with_rejection_on_top_are_exact(lower):
+def test_four_tiers_with_rejection_on_top_are_exact(lower: Any) -> None:
     assert max(distances(decode((*lower, Rejection())), 4)) < MARGIN
 
 
 @pytest.mark.parametrize("lower", LOWER, ids=lambda rule: names([rule]))
-def test_match_on_top_gives_the_tokens_of_plain_decoding(lower, plain):
+def test_match_on_top_gives_the_tokens_of_plain_decoding(lower: Any, plain: dict[int, Tensor]) -> None:
     assert torch.equal(decode((lower, Match()), None), plain_tokens(plain, 3))
 
 
-def test_four_tiers_with_match_on_top_give_the_tokens_of_plain_decoding(plain):
+def test_four_tiers_with_match_on_top_give_the_tokens_of_plain_decoding(plain: dict[int, Tensor]) -> None:
     assert torch.equal(decode((Rejection(), FUZZY, Match())), plain_tokens(plain, 4))
 
 
-def test_fuzzy_on_top_is_lossy():
+def test_fuzzy_on_top_is_lossy() -> None:
     # Were it not, the tests above would not be testing anything about fuzzy rules.
     assert min(distances(decode((Match(), Fuzzy(0.3))), 3)) > 2 * MARGIN
 
@@ -129,16 +130,16 @@ class OwnInsteadOfEffectiveRounds(TorchRoundRunner):
     steps_class = OwnInsteadOfEffective
 
 
-def test_power_handing_up_the_own_distribution_is_seen():
+def test_power_handing_up_the_own_distribution_is_seen() -> None:
     assert max(distances(decode((FUZZY, Rejection()), make=OwnInsteadOfEffectiveRounds), 3)) > 2 * MARGIN
 
 
-def test_power_sharing_the_acceptance_word_is_seen(monkeypatch):
+def test_power_sharing_the_acceptance_word_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "PURPOSE_ACCEPT", ops.PURPOSE_OWN)
     assert max(distances(decode((Rejection(),)), 2)) > 2 * MARGIN
 
 
-def test_power_leaving_the_stage_out_of_the_key_is_seen(monkeypatch):
+def test_power_leaving_the_stage_out_of_the_key_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ops.random_words
 
     def without_stage(seed: Tensor, positions: Tensor, purpose: int, stage: int, count: int) -> Tensor:

@@ -36,8 +36,9 @@ def pair(tiny_dir: Path, request: pytest.FixtureRequest) -> tuple[Pyramid, Pyram
 def processed(pyramid: Pyramid) -> Iterator[dict[str, int]]:
     """Counts, per tier, the tokens of forwards that give no logits, and of the first that gives some."""
     counts = {tier.name: 0 for tier in pyramid.tiers}
-    originals = {}
-    for tier in pyramid.tiers:
+    originals: dict[str, Any] = {}
+    tiers: tuple[Any, ...] = pyramid.tiers
+    for tier in tiers:
         seen: list[int] = []
 
         def counting(
@@ -49,12 +50,12 @@ def processed(pyramid: Pyramid) -> Iterator[dict[str, int]]:
             return originals[tier.name](tokens, start, rows, bound)
 
         originals[tier.name] = tier.forward
-        tier.forward = counting  # type: ignore[method-assign]
+        tier.forward = counting
     try:
         yield counts
     finally:
-        for tier in pyramid.tiers:
-            del tier.forward  # type: ignore[method-assign]
+        for tier in tiers:
+            del tier.forward
 
 
 def test_shared_prefix() -> None:
@@ -150,7 +151,7 @@ def test_the_device_runs_at_most_one_round_ahead(
     rounds: list[int] = []
     original = Recursion.outer_round
 
-    def counted(self: Recursion, known_end: int | None = None) -> None:
+    def counted(self: Recursion[Any], known_end: int | None = None) -> None:
         rounds.append(1)
         original(self, known_end)
 

@@ -105,8 +105,8 @@ def test_a_combination_is_captured_once(captured: tuple[Pyramid, CallRecorder]) 
     ):
         rt.generate(TEXT, **{**hot, **changed})
     assert recorder.captures == made
-    for changed in ({"draft_length": 3}, {"divergence": "tv"}, {"top_k": 5}, {"lossless_rule": "rejection"}):
-        rt.generate(TEXT, **{**hot, **changed})
+    for new in ({"draft_length": 3}, {"divergence": "tv"}, {"top_k": 5}, {"lossless_rule": "rejection"}):
+        rt.generate(TEXT, **{**hot, **new})
     assert recorder.captures == made + 4
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ SAMPLES = 48
 
 
 @pytest.fixture(autouse=True)
-def on_device():
+def on_device() -> Iterator[None]:
     torch.set_default_device(DEVICE)
     yield
     torch.set_default_device("cpu")
@@ -131,13 +131,13 @@ def compare(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_plain_decoding(temperature):
+def test_plain_decoding(temperature: float) -> None:
     assert int(compare((), temperature=temperature, inner_rounds=None).end) > 5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_two_tiers(rule, temperature):
+def test_two_tiers(rule: Rule, temperature: float) -> None:
     compare((rule,), temperature=temperature)
 
 
@@ -148,7 +148,7 @@ PAIRS = [(a, b) for (i, a), (j, b) in itertools.product(enumerate(RULES), repeat
 @pytest.mark.parametrize(
     ("rules", "temperature"), [(rules, (0.8, 0.8, 0.0)[i % 3]) for i, rules in enumerate(PAIRS)], ids=str
 )
-def test_three_tiers(rules, temperature):
+def test_three_tiers(rules: tuple[Rule, ...], temperature: float) -> None:
     compare(rules, temperature=temperature, new_tokens=6)
 
 
@@ -157,14 +157,14 @@ def test_three_tiers(rules, temperature):
     [(Match(), Fuzzy(0.1), Rejection()), (Rejection(), Fuzzy(0.2, "js", "processed"), Match())],
     ids=str,
 )
-def test_four_tiers(rules):
+def test_four_tiers(rules: tuple[Rule, ...]) -> None:
     compare(rules, temperature=0.8, new_tokens=8)
 
 
 @pytest.mark.parametrize(
     "rules", [(Fuzzy(0.1), Rejection()), (Match(), Match()), (Match(), Fuzzy(0.2), Rejection())], ids=str
 )
-def test_until_enough_stand(rules):
+def test_until_enough_stand(rules: tuple[Rule, ...]) -> None:
     compare(rules, temperature=0.8, inner_rounds=None)
 
 
@@ -178,11 +178,11 @@ def test_until_enough_stand(rules):
     ],
     ids=str,
 )
-def test_filters(rules, filters):
+def test_filters(rules: tuple[Rule, ...], filters: Any) -> None:
     compare(rules, temperature=0.8, new_tokens=5, filters=filters)
 
 
-def test_a_vocabulary_of_several_tiles():
+def test_a_vocabulary_of_several_tiles() -> None:
     vocab = 67
     generator = torch.Generator().manual_seed(vocab)
     with torch.device("cpu"):
@@ -201,7 +201,7 @@ def test_a_vocabulary_of_several_tiles():
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_that_cannot_be_decided_are_reported_alike(level, value):
+def test_rows_that_cannot_be_decided_are_reported_alike(level: int, value: Any) -> None:
     tables = tables_of(3, 5)
     tables[level] = tables[level].clone()
     tables[level][:, :, 1 : None if value == -math.inf else 2] = value
@@ -226,7 +226,7 @@ class KernelPyramid(Pyramid):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"method": "sd"}], ids=str)
-def test_a_whole_generation(options):
+def test_a_whole_generation(options: dict[str, Any]) -> None:
     """Through prompt, rounds, statistics and log-probabilities, end-of-sequence included."""
     results = []
     for kind, tier in ((Pyramid, TableTier), (KernelPyramid, DeviceTableTier)):
@@ -245,10 +245,14 @@ def test_a_whole_generation(options):
         assert replace(mine, seconds=0.0) == replace(theirs, seconds=0.0)
 
 
+def kernel_name(launch: Any) -> str:
+    return str(launch.kernel.__name__).removesuffix("_kernel")
+
+
 def launches(stages: Sequence[Stage]) -> list[str]:
     """Names of a round's kernels, forward passes by their tier."""
     return [
-        f"tier{stage.level}" if stage.level is not None else launch.kernel.__name__.removesuffix("_kernel")
+        f"tier{stage.level}" if stage.level is not None else kernel_name(launch)
         for stage in stages
         for launch in stage.launches
     ]
@@ -265,7 +269,7 @@ def launches(stages: Sequence[Stage]) -> list[str]:
     ],
     ids=str,
 )
-def test_launches_of_a_round(rules, filters, beside):
+def test_launches_of_a_round(rules: tuple[Rule, ...], filters: Any, beside: dict[str, int]) -> None:
     plan = RoundPlan(rules, (2, 3), 2, False, True, filters)
     _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
     assert isinstance(rounds, KernelRoundRunner)
@@ -278,7 +282,7 @@ def test_launches_of_a_round(rules, filters, beside):
     assert all(isinstance(x, Launch | TableForward) for stage in stages for x in stage.launches)
 
 
-def test_a_round_of_kernels_calls_nothing_of_torch_and_reads_nothing():
+def test_a_round_of_kernels_calls_nothing_of_torch_and_reads_nothing() -> None:
     plan = RoundPlan((Fuzzy(0.1), Rejection()), (2, 3), 2, False, True, False)
     state, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
     assert isinstance(rounds, KernelRoundRunner)
@@ -291,7 +295,7 @@ def test_a_round_of_kernels_calls_nothing_of_torch_and_reads_nothing():
                 assert {t.data_ptr() for t in tensors} <= pointers
 
 
-def test_sections_of_one_name_are_the_same_launches():
+def test_sections_of_one_name_are_the_same_launches() -> None:
     """So a graph of each, repeated, is a round."""
     plan = RoundPlan((Match(), Match()), (2, 3), 3, False, True, False)
     _, rounds = started(tables_of(3, 5), plan, kernels=True, new_tokens=40, temperature=0.8)
@@ -332,7 +336,7 @@ def vars_of(state: State) -> list[Tensor]:
     return [*decode_state.values(), statistics.peak, statistics.total, statistics.best, statistics.token]
 
 
-def test_which_tiers_need_processed_distributions():
+def test_which_tiers_need_processed_distributions() -> None:
     def of(*rules: Rule) -> tuple[bool, ...]:
         return processed_tiers(RoundPlan(rules, LENGTHS[: len(rules)], 1, False, True, False))
 
@@ -343,7 +347,7 @@ def test_which_tiers_need_processed_distributions():
     assert of(Match(), Fuzzy(0.1, "js", "processed")) == (False, True, True)
 
 
-def test_refuses():
+def test_refuses() -> None:
     plan = RoundPlan((), (), None, False, True, False)
     state = State.for_kernels(plan, MAX_SEQ, 4, DEVICE)
     with pytest.raises(ValueError, match=r"^plan.host_control "):
@@ -352,7 +356,7 @@ def test_refuses():
         KernelRoundRunner([], plan, State.allocate(plan, MAX_SEQ, 4, DEVICE), 4)
 
 
-def test_bytes_are_those_of_the_board():
+def test_bytes_are_those_of_the_board() -> None:
     plan = RoundPlan((Match(),), (2,), None, False, True, False)
     state = State.for_kernels(plan, MAX_SEQ, 100, DEVICE)
     assert state.nbytes() == sum(t.numel() * t.element_size() for t in vars_of(state))
@@ -361,7 +365,7 @@ def test_bytes_are_those_of_the_board():
 class Forgetful(KernelSteps):
     """The tempting shortcut: a tier hands up its own distribution whatever the token was drawn from."""
 
-    def verify(self, opened):
+    def verify(self, opened: Any) -> None:
         if opened.level == 2:
             self.decide(FillSource(self.decode_state.source))
         super().verify(opened)
@@ -400,11 +404,11 @@ def distance_from_target(kind: type[KernelRoundRunner]) -> tuple[float, float]:
     return total_variation(share, target), mean + math.sqrt(math.log(1000) / (2 * SAMPLES))
 
 
-def test_rejection_over_a_fuzzy_tier_is_exact():
+def test_rejection_over_a_fuzzy_tier_is_exact() -> None:
     found, allowed = distance_from_target(KernelRoundRunner)
     assert found < allowed
 
 
-def test_power_handing_up_the_own_distribution_is_seen():
+def test_power_handing_up_the_own_distribution_is_seen() -> None:
     found, allowed = distance_from_target(ForgetfulRounds)
     assert found > allowed

@@ -11,7 +11,6 @@ import torch
 from helpers.oracle import CONFIG, DEVICE, poisoned, random, sums_of_squares, workspace, zeros
 from torch import Tensor
 
-from bench.compile_gate.command import Shape
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.rounds import damped_llama
 from pyramid_rt import Fuzzy, Match, Rejection
@@ -26,6 +25,7 @@ from pyramid_rt.kernels.launch import Launch, always
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.backends.triton import TritonBackend
 from pyramid_rt.models.llama import KVCache
+from pyramid_rt.models.shapes import Shape
 
 T = 5
 SENTINEL = 7.0
@@ -331,7 +331,14 @@ class Decoding:
     ],
     ids=str,
 )
-def test_a_round_after_the_end_multiplies_nothing(rules, lengths, inner_rounds, new, stop, filters):
+def test_a_round_after_the_end_multiplies_nothing(
+    rules: tuple[Rule, ...],
+    lengths: tuple[int, ...],
+    inner_rounds: int | None,
+    new: int,
+    stop: bool,
+    filters: bool,
+) -> None:
     text = Decoding.begin(rules, lengths, inner_rounds, new=new, stop=stop, filters=filters)
     text.rounds.outer_round()
     assert int(text.state.end) > PROMPT + 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from helpers.tables import VOCAB, TableTier, random_tables
+from torch import Tensor
 
 from pyramid_rt import Fuzzy, InputError, Match, NonFiniteLogitsError, Pyramid, Rejection
-from pyramid_rt.decoding.rules import rows_needed
+from pyramid_rt.decoding.rules import Rule, rows_needed
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.torch_steps import _NoiseRows
 from pyramid_rt.kernels.reference import sampling as ops
@@ -19,19 +22,25 @@ EOS = 3
 RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, or_match=True), Fuzzy(0.4, "kl", "processed"))
 
 
-def make(tables, rules=None, control="host", max_seq=200, **options):
+def make(
+    tables: Sequence[Tensor],
+    rules: Sequence[Rule] | None = None,
+    control: str = "host",
+    max_seq: int = 200,
+    **options: Any,
+) -> Pyramid:
     tiers = [TableTier(f"tier{i}", table, max_seq=max_seq) for i, table in enumerate(tables)]
     return Pyramid(tiers, rules, control=control, **options)
 
 
-def constant(token):
+def constant(token: int) -> Tensor:
     """A table that always continues with `token`."""
     table = torch.zeros(VOCAB, VOCAB, VOCAB)
     table[..., token] = 9.0
     return table
 
 
-def cycle(*, break_at=None, to=0):
+def cycle(*, break_at: int | None = None, to: int = 0) -> Tensor:
     """A table whose greedy continuation counts 0, 1, 2, 3, 0, ...; after `break_at` it goes to `to`."""
     table = torch.zeros(VOCAB, VOCAB, VOCAB)
     for last in range(VOCAB):
@@ -39,7 +48,7 @@ def cycle(*, break_at=None, to=0):
     return table
 
 
-def chains():
+def chains() -> Iterator[tuple[Rule, ...]]:
     for count in (2, 3):
         yield from itertools.product(RULES, repeat=count - 1)
     yield (Match(), Fuzzy(0.1), Rejection())
@@ -48,7 +57,9 @@ def chains():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rules", list(chains()), ids=lambda rules: "-".join(rule.name for rule in rules))
-def test_host_and_device_control_give_the_same_tokens_and_statistics(rules, temperature):
+def test_host_and_device_control_give_the_same_tokens_and_statistics(
+    rules: tuple[Rule, ...], temperature: float
+) -> None:
     count = len(rules) + 1
     tables = random_tables(count, seed=5)
     lengths = (2, 3, 3, 3)[: count - 1]
@@ -81,10 +92,10 @@ def test_host_and_device_control_give_the_same_tokens_and_statistics(rules, temp
     "filters", [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 3, "top_p": 0.9}]
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
-def test_lossless_methods_give_the_tokens_of_ar(temperature, filters):
+def test_lossless_methods_give_the_tokens_of_ar(temperature: float, filters: dict[str, Any]) -> None:
     rt = make(random_tables(3, seed=8), eos_token_ids=[EOS])
     for seed in range(12):
-        options = {"max_new_tokens": 40, "temperature": temperature, "seed": seed, **filters}
+        options: dict[str, Any] = {"max_new_tokens": 40, "temperature": temperature, "seed": seed, **filters}
         plain = rt.generate([0, 1], method="ar", **options).tokens
         assert rt.generate([0, 1], method="sd", **options).tokens == plain
         for tau in (0.0, 0.1, 5.0):
@@ -92,16 +103,16 @@ def test_lossless_methods_give_the_tokens_of_ar(temperature, filters):
             assert out.tokens == plain
 
 
-def test_until_and_fixed_agree_under_match():
+def test_until_and_fixed_agree_under_match() -> None:
     rt = make(random_tables(3, seed=2))
     for seed in range(5):
-        options = {"max_new_tokens": 30, "temperature": 1.0, "seed": seed, "method": "psd"}
+        options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "seed": seed, "method": "psd"}
         tokens = rt.generate([0, 1], **options).tokens
         for inner_rounds in (1, 2, 3):
             assert rt.generate([0, 1], inner_rounds=inner_rounds, **options).tokens == tokens
 
 
-def test_all_accept():
+def test_all_accept() -> None:
     rt = make([cycle(), cycle(), cycle()])
     out = rt.generate([0], method="psd", max_new_tokens=1 + 3 * 16, draft_length=4, qualifier_length=11)
     assert out.tokens == [(1 + i) % 4 for i in range(49)]
@@ -114,9 +125,9 @@ def test_all_accept():
     assert out.stats.tokens_per_target_forward == 16.0
 
 
-def test_all_reject():
+def test_all_reject() -> None:
     rt = make([constant(0), constant(1), constant(2)])
-    lengths = {"draft_length": 3, "qualifier_length": 2}
+    lengths: dict[str, Any] = {"draft_length": 3, "qualifier_length": 2}
     out = rt.generate([0], method="psd", max_new_tokens=6, qualifier_threshold=0.0, **lengths)
     assert out.tokens == [2] * 6
     draft, qualifier, target = out.stats.tiers
@@ -129,7 +140,7 @@ def test_all_reject():
     assert out.stats.tokens_per_target_forward == 1.0
 
 
-def test_statistics_by_hand():
+def test_statistics_by_hand() -> None:
     # The draft breaks the cycle after 1: of each 0 1 2 3 it proposes ... 1 -> 0 wrongly.
     rt = make([cycle(break_at=1), cycle()])
     out = rt.generate([1], method="sd", max_new_tokens=9, draft_length=3)
@@ -148,7 +159,7 @@ def test_statistics_by_hand():
     assert out.stats.tokens_per_target_forward == 8 / 3
 
 
-def test_differs_counts_what_is_not_the_targets_own():
+def test_differs_counts_what_is_not_the_targets_own() -> None:
     rt = make([constant(0), cycle()])
     out = rt.generate([0], method="fsd", target_threshold=5.0, max_new_tokens=1 + 10, draft_length=4)
     # Every proposal stands whatever it is: four times 0, then the target's own after 0 0, which is 1.
@@ -160,7 +171,7 @@ def test_differs_counts_what_is_not_the_targets_own():
 
 @pytest.mark.parametrize("control", ["host", "device"])
 @pytest.mark.parametrize("method", ["ar", "sd", "fsd", "psd", "psd_a", "psd_f"])
-def test_end_of_sequence_inside_a_block(method, control):
+def test_end_of_sequence_inside_a_block(method: str, control: str) -> None:
     rt = make([cycle(), cycle(), cycle()], control=control, eos_token_ids=[EOS])
     out = rt.generate([3, 0], method=method, max_new_tokens=50)
     assert (out.tokens, out.finish_reason) == ([1, 2, 3], "stop")
@@ -171,7 +182,7 @@ def test_end_of_sequence_inside_a_block(method, control):
 
 
 @pytest.mark.parametrize("control", ["host", "device"])
-def test_a_rejected_end_of_sequence_does_not_end(control):
+def test_a_rejected_end_of_sequence_does_not_end(control: str) -> None:
     # Lower tiers want to end after 1, the target goes on.
     ending = cycle(break_at=1, to=EOS)
     rt = make([ending, ending, cycle()], control=control, eos_token_ids=[EOS])
@@ -181,7 +192,7 @@ def test_a_rejected_end_of_sequence_does_not_end(control):
 
 @pytest.mark.parametrize("control", ["host", "device"])
 @pytest.mark.parametrize("method", ["ar", "sd", "psd", "psd_f"])
-def test_limits_in_the_middle_of_a_block(method, control):
+def test_limits_in_the_middle_of_a_block(method: str, control: str) -> None:
     rt = make([cycle(), cycle(), cycle()], control=control, max_seq=20)
     for most in range(8):
         out = rt.generate([0], method=method, max_new_tokens=most)
@@ -191,7 +202,7 @@ def test_limits_in_the_middle_of_a_block(method, control):
     assert rt.generate([i % 4 for i in range(19)], method=method).tokens == [3]
 
 
-def test_draft_length_one_and_inner_round_of_one():
+def test_draft_length_one_and_inner_round_of_one() -> None:
     tables = random_tables(3, seed=4)
     rt = make(tables)
     plain = rt.generate([0, 1], method="ar", max_new_tokens=20).tokens
@@ -205,12 +216,20 @@ def test_draft_length_one_and_inner_round_of_one():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("control", ["host", "device"])
-def test_non_finite_logits_are_named_and_nothing_is_lost(level, value, temperature, control):
+def test_non_finite_logits_are_named_and_nothing_is_lost(
+    level: int, value: Any, temperature: float, control: str
+) -> None:
     tables = [cycle(), cycle(), cycle()]
     rt = make(tables, control=control)
-    options = {"method": "psd", "max_new_tokens": 40, "draft_length": 2, "qualifier_length": 4, "seed": 1}
+    options: dict[str, Any] = {
+        "method": "psd",
+        "max_new_tokens": 40,
+        "draft_length": 2,
+        "qualifier_length": 4,
+        "seed": 1,
+    }
     expected = rt.generate([3], temperature=temperature, **options).tokens
-    bad = rt.tiers[level]
+    bad: Any = rt.tiers[level]
     healthy = bad.logits
     bad.logits = healthy.clone()
     # The row after 1 2 is broken. Prompt 3 stands at 0, then come 0 1 2: it decides positions 4, 8, 12, ...
@@ -225,7 +244,7 @@ def test_non_finite_logits_are_named_and_nothing_is_lost(level, value, temperatu
     assert rt.generate([3], temperature=temperature, **options).tokens == expected
 
 
-def test_minus_infinity_among_finite_logits_is_legal():
+def test_minus_infinity_among_finite_logits_is_legal() -> None:
     table = cycle()
     table[..., 0] = -math.inf
     table[:, 3, 1] = 9.0
@@ -233,7 +252,7 @@ def test_minus_infinity_among_finite_logits_is_legal():
     assert out.tokens == [1, 2, 3, 1, 2, 3]
 
 
-def test_windows_over_64_are_refused():
+def test_windows_over_64_are_refused() -> None:
     rt = make([cycle()] * 1 + [cycle(), cycle()])
     with pytest.raises(InputError, match=r"window of tier 2 would hold 65 tokens, more than 64"):
         rt.generate([0], method="psd", draft_length=32, qualifier_length=32)
@@ -245,7 +264,7 @@ def test_windows_over_64_are_refused():
     )
 
 
-def test_cached_noise_is_the_direct_noise():
+def test_cached_noise_is_the_direct_noise() -> None:
     seed = torch.tensor([77, 3])
     rows = _NoiseRows()
     for first, count in ((5, 1), (6, 1), (5, 9), (20, 30), (12, 4), (300, 2), (4, 3)):
@@ -253,14 +272,14 @@ def test_cached_noise_is_the_direct_noise():
         assert torch.equal(rows.take(seed, first, torch.Size((count, 101))), expected)
 
 
-def test_only_needed_rows_are_kept():
+def test_only_needed_rows_are_kept() -> None:
     assert rows_needed((Match(), Match())) == ((False, False), (False, False))
     assert rows_needed((Fuzzy(0.1), Match())) == ((True, False), (False, False))
     assert rows_needed((Fuzzy(0.1), Rejection())) == ((True, False), (True, True))
     assert rows_needed((Fuzzy(0.1), Match(), Rejection())) == ((True, False, False), (False, False, True))
 
 
-def test_plan_lengths():
+def test_plan_lengths() -> None:
     plan = RoundPlan((Match(), Match()), (4, 10), None, True, False, False)
     assert plan.longest == (4, 14)
     assert [plan.window(level) for level in range(3)] == [3, 6, 15]

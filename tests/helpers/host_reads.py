@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -14,7 +16,7 @@ READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 class NoReadOps(TorchDispatchMode):
     """Raises where an op would wait for the device; boolean-mask indexing is one of them."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         masks = name.startswith("index") and any(
             getattr(index, "dtype", None) == torch.bool
@@ -28,13 +30,13 @@ class NoReadOps(TorchDispatchMode):
 class NoReadCalls(TorchFunctionMode):
     """Raises at methods that copy to the host; on a CPU they read memory without any op."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu", "item"):
             raise AssertionError(f"{func} reads a device value on the host")
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def no_host_reads():
+def no_host_reads() -> Iterator[None]:
     with NoReadCalls(), NoReadOps():
         yield

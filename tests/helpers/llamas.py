@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[int, int, int, bool, bool, bool, int, dict[str, Any]]] =
 def hf_model(shape: str, seed: int = 0) -> transformers.LlamaForCausalLM:
     """A random float32 Llama of two layers, its scores spread about as widely as a trained one's."""
     heads, kv_heads, head_dim, tied, attention_bias, mlp_bias, vocab, rope = SHAPES[shape]
+    parts: dict[str, Any] = {"attn_implementation": "eager"}  # not declared, but taken
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=72,
@@ -50,9 +51,10 @@ def hf_model(shape: str, seed: int = 0) -> transformers.LlamaForCausalLM:
         # The dynamic tests leave this context behind.
         max_position_embeddings=48 if rope["rope_type"] == "dynamic" else 2048,
         rope_parameters={"rope_theta": 10000.0, **rope},
-        attn_implementation="eager",
+        **parts,
     )
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = transformers.LlamaForCausalLM(config)
+    model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         weight.normal_(0.0, 0.2, generator=generator)
@@ -104,11 +106,13 @@ def exact_logits(hf: transformers.LlamaForCausalLM, dtype: torch.dtype, tokens: 
 
     With dynamic rope every position has its own base, as pyramid_rt defines it.
     """
-    w = {name: value.to(dtype).double() for name, value in hf.state_dict().items()}
-    c = hf.config
+    w: dict[str, Tensor] = {name: value.to(dtype).double() for name, value in hf.state_dict().items()}
+    c: Any = hf.config
+
+    epsilon: float = c.rms_norm_eps
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * weight
+        return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
     def project(x: Tensor, name: str) -> Tensor:
         return x @ w[f"{name}.weight"].t() + w.get(f"{name}.bias", 0.0)
@@ -140,7 +144,8 @@ def exact_logits(hf: transformers.LlamaForCausalLM, dtype: torch.dtype, tokens: 
 
 def exact_angles(config: transformers.LlamaConfig, length: int) -> Tensor:
     """[length, D / 2] float64."""
-    rope, dim = config.rope_parameters, config.head_dim
+    rope: Any = config.rope_parameters
+    dim: Any = config.head_dim
     positions = torch.arange(length, dtype=torch.float64).unsqueeze(1)
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
     base = torch.full((length, 1), rope["rope_theta"], dtype=torch.float64)
@@ -156,7 +161,8 @@ def exact_angles(config: transformers.LlamaConfig, length: int) -> Tensor:
         smooth = (rope["original_max_position_embeddings"] * frequencies / (2 * math.pi) - low) / (high - low)
         smooth = smooth.clamp(0, 1)
         frequencies = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
-    return positions * frequencies
+    angles: Tensor = positions * frequencies
+    return angles
 
 
 def rms(x: Tensor) -> float:

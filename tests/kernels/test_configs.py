@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -56,12 +56,12 @@ def test_unknown_architecture_is_refused() -> None:
 
 
 def test_a_tuned_entry_takes_the_place_of_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ("gate_up", 90, 16384, 2048, torch.bfloat16)
+    key: tuple[configs.Op, int, int, int, torch.dtype] = ("gate_up", 90, 16384, 2048, torch.bfloat16)
     rule = configs.projection_config(*key)
     tuned = replace(rule, num_warps=2 * rule.num_warps)
     monkeypatch.setattr(configs, "TUNED", {key: tuned})
     assert configs.projection_config(*key) == tuned != rule
-    other = ("gate_up", 80, 16384, 2048, torch.bfloat16)
+    other: tuple[configs.Op, int, int, int, torch.dtype] = ("gate_up", 80, 16384, 2048, torch.bfloat16)
     assert configs.projection_config(*other).num_warps == rule.num_warps
 
     usual = attention_configs.config_for(torch.bfloat16, 64, 90)
@@ -92,7 +92,7 @@ def test_a_compiled_kernel_takes_no_tensor_of_the_cpu(monkeypatch: pytest.Monkey
     arguments = table, tokens, norm, 3, zeros(64, 64), zeros(64, 64), zeros(1, 64)
     embed.plan(*arguments)
     monkeypatch.setattr(common, "interpreted", lambda _: False)
-    cpu = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    cpu: Any = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
     with pytest.raises(ValueError, match=r"^table is on cpu, expected a CUDA device"):
         embed.plan(*cpu)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def test_large_float32_matrices_on_a_cpu_are_packed_and_not_held_twice(
     matrices = ("qkv", "out", "gate_up", "down")
     assert not any(getattr(layer, name).is_mkldnn for layer in plain.layers for name in matrices)
     taken: list[Tensor] = []
-    real = llama.pack
+    real: Callable[[Tensor], Tensor] = vars(llama)["pack"]
 
     def pack(weight: Tensor) -> Tensor:
         taken.append(weight)

@@ -75,7 +75,7 @@ def test_half_logits_are_as_exact_as_transformers(
     """Against float64 on the same rounded weights, we may be no worse than transformers is."""
     model, cache = load(directories[shape], dtype)
     tokens = tokens_for(model, 48)
-    hf = hf_model(shape)
+    hf: Any = hf_model(shape)
     exact = exact_logits(hf, dtype, tokens)
     theirs = hf.to(dtype)(tokens[None]).logits[0].double() - exact
     ours = run_windows(model, cache, tokens, [30, 1, 17]).double() - exact

@@ -93,6 +93,7 @@ def test_added_tokens_are_spelt_as_plain_text(tmp_path: Path) -> None:
     core.add_tokens(["two words é"])
     tokenizer = Tokenizer.from_dir(save(core, tmp_path))
     index = core.token_to_id("two words é")
+    assert index is not None
     assert tokenizer.token_bytes(index) == "two words é".encode()
     assert tokenizer.decode([index]) == "two words é"
 

@@ -179,16 +179,17 @@ def test_a_prediction_by_hand() -> None:
     found = predict(setting, [AGREES], costs, plan, levels)
     draft = 6 * 1.0 + 1 * 3.0 + 7 * 0.5  # as in test_two_tiers_by_hand
     target = 2 * 13.0 + 1 * 11.0 + 3 * 0.25
-    assert found.seconds == (pytest.approx(5 + 7 + draft + target),)
+    assert found.seconds == pytest.approx((5 + 7 + draft + target,))
     assert found.tokens_per_second == pytest.approx(8 / (12 + draft + target))
-    assert (found.tokens_per_target_forward, found.differs) == (pytest.approx(7 / 3), 0.0)
+    assert found.tokens_per_target_forward == pytest.approx(7 / 3)
+    assert found.differs == 0.0
     fuzzy = Setting("fsd", 3, target_threshold=0.3)
     lossy = predict(fuzzy, [AGREES], costs, fuzzy.plan({}, host_control=True), levels)
     assert lossy.differs == pytest.approx(1 / 7)
     assert lossy.seconds[0] > 2 * 100.0  # two verifies by a fuzzy rule
     alone = Setting("ar")
     single = predict(alone, [AGREES], costs, alone.plan({}, host_control=True), (2,))
-    assert single.seconds == (pytest.approx(7 + 7 * 10.0 + 7 * 0.125),)
+    assert single.seconds == pytest.approx((7 + 7 * 10.0 + 7 * 0.125,))
 
 
 def test_a_window_over_64_is_refused() -> None:

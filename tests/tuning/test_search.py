@@ -15,9 +15,8 @@ import pytest
 from helpers.positions import VOCAB, FakeClock, logits_of, pyramid_of, related
 from rich.console import Console
 
-from pyramid_rt import InputError, Pyramid, load
+from pyramid_rt import InputError, Pyramid, cli, load
 from pyramid_rt.api import demo_weights
-from pyramid_rt.cli import command as cli
 from pyramid_rt.cli.tune_report import described, print_tuning, tuning_object, words
 from pyramid_rt.tuning.search import TuneOptions, Tuning, choose, tune
 
@@ -293,9 +292,14 @@ def test_prompts_after_which_the_target_says_nothing_are_left_out(clock: FakeClo
 
 def test_prefix_reuse_is_off_meanwhile_and_comes_back(clock: FakeClock) -> None:
     pyramid = made_up(clock, [0.9], [flat(0.01), flat(1.0)])
-    seen = []
+    seen: list[bool] = []
     honest = pyramid.generate
-    pyramid.generate = lambda *a, **k: (seen.append(pyramid.prefix_reuse), honest(*a, **k))[1]  # type: ignore[method-assign]
+
+    def generate(*arguments: Any, **options: Any) -> Any:
+        seen.append(pyramid.prefix_reuse)
+        return honest(*arguments, **options)
+
+    pyramid.generate = generate  # type: ignore[method-assign]
     search(pyramid, clock)
     assert not any(seen)
     assert pyramid.prefix_reuse

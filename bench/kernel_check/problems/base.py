@@ -28,7 +28,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What to run: pure data that travels between processes.
+    """A case to run: pure data that travels between processes.
 
     Attributes:
         op: a name in `gpu_cases.PROBLEMS`.
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where tensors live and for which GPU launches are configured.
+    """The device of tensors, and the GPU that launches are configured for.
 
     Attributes:
         device: cuda; cpu under the interpreter; meta to compile without memory.
@@ -108,7 +108,7 @@ class Problem(Protocol):
     rowwise: bool
 
     def launches(self, length: int) -> list[Launch]:
-        """What `run` starts, for a compiler."""
+        """The launches that `run` starts, for a compiler."""
         ...
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
@@ -128,11 +128,11 @@ class Problem(Protocol):
         ...
 
     def untouched(self, length: int) -> dict[str, Tensor]:
-        """What must still be NaN."""
+        """Tensors that must still be NaN."""
         ...
 
     def counters(self) -> list[Tensor]:
-        """What every launch must leave zero."""
+        """Tensors that every launch must leave zero."""
         ...
 
     def verdicts(self, length: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ THRESHOLD = 0.1
 
 
 class _OnBoard:
-    """What the problems share: a decode state that every run finds in the same state."""
+    """The decode state that the problems share, and that every run finds unchanged."""
 
     rowwise = False
     state: DecodeState
@@ -227,7 +227,7 @@ class Verify(_OnBoard):
     def _rejection(
         self, logits: Tensor, before: decided.Sequel, proposed: list[int]
     ) -> tuple[list[bool], int | None, dict[str, float]]:
-        """Which tokens stand, the kernel's own correction, and how far that is from the best."""
+        """The tokens that stand, the kernel's own correction, and how far that is from the best."""
         state, level, m = self.state, self.level, len(proposed)
         device = logits.device
         places, token = (
@@ -315,7 +315,7 @@ class Draw(_OnBoard):
         return found | self.differences(expected)
 
     def _stored(self, row: slice, winner: Tensor) -> dict[str, float]:
-        """What `thresholds` left for the row, as if it were a decode state's first."""
+        """The row's results of `thresholds`, as if it were a decode state's first."""
         state = self.state
         one = decode_states.make_decode_state(Place(state.rows.device, 80), self.vocab, 1)
         decode_states.request(one, temperature=self.heat, filters=self.filters)

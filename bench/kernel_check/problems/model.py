@@ -125,7 +125,7 @@ class Forward:
             forward(self.model, self.cache, tokens, self.at, rows=rows, kv_bound=begin + tokens.shape[0])
 
     def chunked_differs(self, chunk: int, *, exact: bool) -> Tensor:
-        """Whether the cache depends on the width of the prefill's windows: 0-d bool."""
+        """0-d bool: the cache depends on the width of the prefill's windows."""
         self.prefill(chunk)
         return oracle.differ(self.cache.buffer, self.filled, exact=exact)
 

@@ -1,4 +1,4 @@
-"""How far a result may lie from a float64 run, as ratios of error to tolerance (1 and below passes); bits."""
+"""Distances of a result from a float64 run, as ratios of error to tolerance (1 and below passes); bits."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def differ(actual: Tensor, expected: Tensor, *, exact: bool) -> Tensor:
-    """Whether two results differ: 0-d bool on their device, without reading it.
+    """0-d bool on their device, without reading it: two results differ.
 
     Args:
         exact: compare bits; else, in the interpreter, whose matmul rounds by the width of a tile, values up to

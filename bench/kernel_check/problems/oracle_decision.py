@@ -1,4 +1,4 @@
-"""What the decision kernels should have found, in float64 and on the host, from the rows that they read.
+"""The right outcome of the decision kernels, in float64 and on the host, from the rows that they read.
 
 A kernel's own earlier result is the input of what follows from it: a distance is held against float64, and then
 compared with the threshold as the kernel compares it. So no verdict hangs on a rounding, and none is excused.
@@ -133,7 +133,7 @@ def near_verdicts(uniform: Tensor, p: Tensor, q: Tensor) -> tuple[list[bool], li
 
 
 def residual_loss(p_log: Tensor, q_log: Tensor, noise: Tensor, token: int) -> float:
-    """How far a token's score [V] falls short of the best residual's, over what rounding may cost.
+    """The shortfall of a token's score [V] from the best residual's, over what rounding may cost.
 
     p and q are known to 5e-6 of themselves, which counts where they nearly cancel.
     """
@@ -261,7 +261,7 @@ def after_draw(
 
 
 def report_numbers(state: DecodeState, begin: int, most: int) -> list[int]:
-    """What a report made now should hold."""
+    """The contents that a report made now should have."""
     tiers, end = state.tiers_count, int(state.control[END])
     words, tokens = state.control.tolist(), state.tokens.tolist()
     wanted = [tokens[i] if i < len(tokens) else 0 for i in range(begin, begin + most)]

@@ -51,7 +51,7 @@ class Again:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a way of decoding leaves, on the host.
+    """The outcome of a way of decoding, on the host.
 
     Attributes:
         tokens: prompt included. rounds: outer ones. launches: of one, None where torch decides.
@@ -200,7 +200,7 @@ class NativeRound:
         )
 
     def faults(self) -> tuple[list[str], Decoded]:
-        """What is not as it should be, and the tokens of the graph."""
+        """Faults found, and the tokens of the graph."""
         found = {way: self.decode(way) for way in ("eager", "graph", "torch")}
         graph, wrong = found["graph"], []
         for way in ("eager", "torch"):

@@ -95,7 +95,8 @@ def test_processed_divergences(kind: str, filters: bool) -> None:
     found = distances(state, 3, kind, processed=True)
     cpu = [value.cpu() for value in (state.temperature, state.top_k, state.top_p, state.min_p)]
     assert found[0] == 0.0
-    close(found, *(ops.process_logits(rows, *cpu, filters=filters) for rows in (p, q)), kind)
+    processed_p, processed_q = (ops.process_logits(rows, *cpu, filters=filters) for rows in (p, q))
+    close(found, processed_p, processed_q, kind)
 
 
 @pytest.mark.parametrize("kind", ["js", "js_fsd", "kl", "kl_reversed", "tv", "topk_js"])

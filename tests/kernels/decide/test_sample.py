@@ -163,4 +163,4 @@ def test_a_board_must_fit_together() -> None:
     for name in ("tiers_count", "row_count", "capacity", "vocab_size"):
         sizes = {"tiers_count": 2, "row_count": 4, "capacity": 80, "vocab_size": 9, name: 0}
         with pytest.raises(ValueError, match=f"^{name} "):
-            DecodeState.allocate(**sizes, lists=False, device=DEVICE)  # type: ignore[arg-type]
+            DecodeState.allocate(**sizes, lists=False, device=DEVICE)

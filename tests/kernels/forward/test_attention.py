@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def test_a_row_that_sees_nothing_is_zero() -> None:
 
 
 @triton.jit
-def count_kernel(rows_ptr, out_ptr, BLOCK: tl.constexpr):
+def count_kernel(rows_ptr: Any, out_ptr: Any, BLOCK: tl.constexpr) -> None:
     lane = tl.arange(0, BLOCK)
     rows = tl.load(rows_ptr + lane)
     tl.store(out_ptr + lane, attention._split_count(rows, 256, 1024, 2048, 8192, 32768))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,7 +102,7 @@ def test_strided_cache_and_no_tokens() -> None:
     ],
 )
 def test_refuses_by_name(message: str, change: dict[str, Tensor]) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "cache": torch.zeros(2, 2, 1, 80, 64),
         "tokens": torch.zeros(80, dtype=torch.int64),
         "start": torch.tensor(0),

@@ -123,8 +123,8 @@ def test_placed_rows_are_the_listed_ones_somewhere_else(
     found = head.TileStatistics(
         *(getattr(found, name)[:capacity].clone() for name in ("peak", "total", "best", "token"))
     )
-    scalars = (torch.tensor(value, device=DEVICE) for value in (start, decided, first))
-    place = head.Placement(*scalars, count=count)
+    at, decides, begins = (torch.tensor(value, device=DEVICE) for value in (start, decided, first))
+    place = head.Placement(at, decides, begins, count)
     drawn = head.Noise(seed_words(), None, torch.tensor(0.9, device=DEVICE))
     head.run(x * norm, sums, EPS, weight, place, vocab, out, found, drawn, CONFIG)
     begin = decided - first
@@ -142,8 +142,8 @@ def test_placed_rows_are_the_listed_ones_somewhere_else(
 def test_rows_that_belong_before_the_first_are_dropped() -> None:
     x, weight = random(64, 64, dtype=torch.float32), random(64, 64, dtype=torch.float32)
     out, found = poisoned(64, 64, dtype=torch.float32), statistics(1)
-    scalars = (torch.tensor(value, device=DEVICE) for value in (0, 5, 8))
-    place = head.Placement(*scalars, count=2)
+    start, decided, first = (torch.tensor(value, device=DEVICE) for value in (0, 5, 8))
+    place = head.Placement(start, decided, first, 2)
     head.run(x * weight[0], sums_of_squares(x, 64), EPS, weight, place, 64, out, found, None, CONFIG)
     assert_untouched(out)
     assert_untouched(found.peak)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pyramid_rt.kernels.reference import sampling as ops
 
 SEED = torch.tensor([0xDEADBEEF, 0x01234567])
 
 
-def scalar(value, dtype=torch.float32):
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
@@ -29,22 +31,27 @@ def scalar(value, dtype=torch.float32):
         ),
     ],
 )
-def test_philox_known_answers(counter, key, expected):
-    words = ops.philox_4x32_10(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    c0, c1, c2, c3 = map(torch.tensor, counter)
+    k0, k1 = map(torch.tensor, key)
+    words = ops.philox_4x32_10((c0, c1, c2, c3), (k0, k1))
     assert tuple(int(word) for word in words) == expected
 
 
-def test_words_are_those_of_the_documented_counter():
+def test_words_are_those_of_the_documented_counter() -> None:
     positions = torch.tensor([0, 7, 130_000])
     words = ops.random_words(SEED, positions, ops.PURPOSE_RESIDUAL, 3, 11)
     for row, position in enumerate(positions.tolist()):
         for v in range(11):
             counter = (v // 4, position, ops.PURPOSE_RESIDUAL | 3 << 8, 0)
-            block = ops.philox_4x32_10(tuple(map(torch.tensor, counter)), (SEED[0], SEED[1]))
+            c0, c1, c2, c3 = map(torch.tensor, counter)
+            block = ops.philox_4x32_10((c0, c1, c2, c3), (SEED[0], SEED[1]))
             assert words[row, v] == block[v % 4]
 
 
-def test_streams_are_disjoint():
+def test_streams_are_disjoint() -> None:
     """No counter serves two of: own noise, acceptance and residual of each stage, at any position or index."""
     positions = torch.arange(40)
     streams = {
@@ -57,13 +64,13 @@ def test_streams_are_disjoint():
     assert words.numel() - words.unique().numel() < 5
 
 
-def test_words_do_not_depend_on_how_many_are_asked_for():
+def test_words_do_not_depend_on_how_many_are_asked_for() -> None:
     positions = torch.arange(5, 9)
     many = ops.random_words(SEED, positions, 0, 0, 103)
     assert torch.equal(ops.random_words(SEED, positions[2:3], 0, 0, 50), many[2:3, :50])
 
 
-def test_noise_is_finite_at_both_ends_and_accurate():
+def test_noise_is_finite_at_both_ends_and_accurate() -> None:
     words = torch.tensor([0, 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1])
     noise = ops.gumbel(words)
     assert noise.isfinite().all()
@@ -72,13 +79,13 @@ def test_noise_is_finite_at_both_ends_and_accurate():
     np.testing.assert_allclose(noise.numpy(), expected, rtol=3e-7)
 
 
-def test_noise_is_gumbel():
+def test_noise_is_gumbel() -> None:
     noise = ops.own_noise(SEED, torch.arange(200), 1000).double().flatten()
     assert noise.mean().item() == pytest.approx(0.5772157, abs=0.012)  # 4 standard errors
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
 
 
-def brute_force_filter(row, k, p, min_p):
+def brute_force_filter(row: list[float], k: int, p: float, min_p: float) -> set[int]:
     """Indices that stand, by the definition."""
     order = sorted(range(len(row)), key=lambda i: -row[i])
     if k > 0:
@@ -100,7 +107,7 @@ def brute_force_filter(row, k, p, min_p):
 @pytest.mark.parametrize("k", [0, 1, 5, 300])
 @pytest.mark.parametrize("p", [0.2, 0.9, 1.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
-def test_filters_against_brute_force(k, p, min_p):
+def test_filters_against_brute_force(k: int, p: float, min_p: float) -> None:
     generator = torch.Generator().manual_seed(k + int(10 * p))
     logits = torch.randn(6, 97, generator=generator) * 2
     logits[1] = logits[1].round()  # ties
@@ -114,7 +121,7 @@ def test_filters_against_brute_force(k, p, min_p):
         assert torch.equal(out[row, kept], logits[row, kept])
 
 
-def test_temperature_zero_keeps_the_argmax_and_is_one_hot():
+def test_temperature_zero_keeps_the_argmax_and_is_one_hot() -> None:
     logits = torch.tensor([[0.5, 2.0, 2.0, -1.0]])
     off = (scalar(0, torch.int64), scalar(1.0), scalar(0.0))
     assert torch.equal(ops.process_logits(logits, scalar(0.0), *off, filters=False), logits)
@@ -123,7 +130,7 @@ def test_temperature_zero_keeps_the_argmax_and_is_one_hot():
 
 @pytest.mark.parametrize("kind", ops.DIVERGENCES)
 @pytest.mark.parametrize("vocab_size", [2, 50, 61, 257])
-def test_divergences_against_float64(kind, vocab_size):
+def test_divergences_against_float64(kind: str, vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     p_logits, q_logits = (torch.randn(9, vocab_size, generator=generator) * 3 for _ in range(2))
     p, q = (np.exp(torch.log_softmax(x.double(), -1).numpy()) for x in (p_logits, q_logits))
@@ -139,7 +146,7 @@ def test_divergences_against_float64(kind, vocab_size):
         p, q = p[:, :vocab_size], q[:, :vocab_size]  # a vocabulary of at most 50 has no tail: 0 log 0 = 0
     m = (p + q) / 2
 
-    def kl(a, b):
+    def kl(a: Any, b: Any) -> Any:
         return (a * np.log(a / b)).sum(-1)
 
     expected = {
@@ -154,7 +161,7 @@ def test_divergences_against_float64(kind, vocab_size):
     )
 
 
-def test_divergence_at_the_edges():
+def test_divergence_at_the_edges() -> None:
     inf = math.inf
     p, q = torch.tensor([[0.0, -inf, -inf]]), torch.tensor([[-inf, 0.0, -inf]])
     assert ops.divergence("js", p, q).item() == pytest.approx(math.log(2))
@@ -169,7 +176,7 @@ def test_divergence_at_the_edges():
     assert ops.divergence("js_fsd", *skewed).item() == pytest.approx(1.61, abs=1e-2)
 
 
-def test_residual_token():
+def test_residual_token() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]]).log()
     q = torch.tensor([[0.6, 0.1, 0.3]]).log()
     noise = ops.gumbel(ops.random_words(SEED, torch.arange(200), ops.PURPOSE_RESIDUAL, 0, 3))
