@@ -70,6 +70,7 @@ _EXPORTS = {
         "MemoryPlanError",
         "NonFiniteLogitsError",
         "PyramidError",
+        "TokenizerError",
         "UnsupportedModelError",
         "WeightsError",
     ),

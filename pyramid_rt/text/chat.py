@@ -63,12 +63,9 @@ class ChatTemplate:
                 text that is to be continued.
         """
         chat = plain_messages(messages)
-        last = chat[-1]
-        goes_on = continue_final_message
-        if goes_on is None:
-            goes_on = last["role"] == ASSISTANT and "content" in last and not last.get("tool_calls")
-        if not goes_on:
+        if not _goes_on(chat, continue_final_message):
             return self._run(chat, names, add_generation_prompt=True)
+        last = chat[-1]
         content = last.get("content")
         if content is None:
             raise InputError("prompt: continue_final_message needs a last message with content, found none")
@@ -102,6 +99,18 @@ class ChatTemplate:
             ) from error
 
 
+def goes_on(messages: Sequence[Any], continue_final_message: bool | None) -> bool:
+    """Whether the text of a chat ends within its last message; see `ChatTemplate.render`."""
+    return _goes_on(plain_messages(messages), continue_final_message)
+
+
+def _goes_on(chat: Sequence[Mapping[str, Any]], continue_final_message: bool | None) -> bool:
+    if continue_final_message is not None:
+        return continue_final_message
+    last = chat[-1]
+    return last["role"] == ASSISTANT and "content" in last and not last.get("tool_calls")
+
+
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Messages as templates expect them, in plain values: strings, numbers, lists and dicts.
 
@@ -122,8 +131,8 @@ def _plain_message(where: str, message: Any) -> dict[str, Any]:
     if callable(dump) and not isinstance(message, Mapping):
         message = dump()
     if not isinstance(message, Mapping):
-        kind = type(message).__name__
-        raise InputError(f"{where} must be an object with role and content, found {kind}")
+        found = f"{type(message).__name__}: {checks.shown(message)}"
+        raise InputError(f"{where} must be an object with role and content, found {found}")
     plain: dict[str, Any] = {}
     for key, value in message.items():
         if value is not None:
