@@ -53,11 +53,11 @@ def encode_prompt(
     if isinstance(prompt, str):
         _refuse_continuing(continue_final_message, "a text")
         text = checks.text("prompt", prompt)
-        found = _needed(tokenizer, "a string prompt").encode(text, add_special_tokens)
+        found = _needed(tokenizer, "a string prompt needs").encode(text, add_special_tokens)
         return EncodedPrompt(_produced(found, tokenizer, vocab_size), True)
     entries = _entries(prompt)
     if entries and is_message(entries[0]):
-        known = _needed(tokenizer, "a chat prompt")
+        known = _needed(tokenizer, "a chat prompt needs")
         found = known.encode_chat(
             entries, add_special_tokens=add_special_tokens, continue_final_message=continue_final_message
         )
@@ -77,7 +77,7 @@ def token_ids(name: str, values: Iterable[Any], vocab_size: int) -> list[int]:
         index = value if type(value) is int else _whole(name, position, value)
         if not 0 <= index < vocab_size:
             raise InputError(
-                f"{name}[{position}]: token id {checks.shown(index)} is out of range 0..{vocab_size - 1}"
+                f"{name}: token id {checks.shown(index)} is out of range 0..{vocab_size - 1}, at [{position}]"
             )
         ids.append(index)
     return ids
@@ -93,7 +93,7 @@ def split_stops(stops: Sequence[str], tokenizer: Tokenizer | None) -> tuple[list
     """
     if not stops:
         return [], []
-    known = _needed(tokenizer, "stop strings")
+    known = _needed(tokenizer, "stop strings need")
     strings: list[str] = []
     ids: list[int] = []
     for number, stop in enumerate(stops):
@@ -147,7 +147,7 @@ def _whole(name: str, position: int, value: Any) -> int:
 
 def _needed(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
-        raise InputError(f"{what} needs a tokenizer, and this pyramid has none")
+        raise InputError(f"{what} a tokenizer, and this pyramid has none")
     return tokenizer
 
 
