@@ -9,6 +9,8 @@ from typing import Unpack
 import torch
 
 from pyramid_rt.decoding.methods import best_method, rules_of
+from pyramid_rt.decoding.place import place_for
+from pyramid_rt.decoding.threads import check_threads, default_threads
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, check_family
 from pyramid_rt.loading.memory import MemoryPlan, plan_memory
@@ -16,6 +18,7 @@ from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.loading.weights import read_config
 from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.llama import weight_bytes
 from pyramid_rt.params import Options, SamplingParams, merged_options
 from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
 from pyramid_rt.text.tokenizer import Tokenizer
@@ -43,6 +46,7 @@ def load(
     control: str | None = None,
     prefix_reuse: bool = True,
     graphs: bool | GraphKind | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Pyramid:
     """Load a pyramid and keep it.
@@ -57,6 +61,8 @@ def load(
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
         graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
             default method are captured here, others at first use or by `Pyramid.prepare`.
+        threads: of an operation on a CPU, from 1 to the CPUs this process may use. By default 1 for a pyramid whose
+            largest tier has less than 64 MiB of weights, and torch's own number for others.
         progress: called with (tier, bytes read, bytes in all), while kernels are compiled with ("kernels", launches
             whose kernels are there, launches in all), and while graphs are captured with ("graphs", works captured,
             works in all).
@@ -69,24 +75,36 @@ def load(
     configs = {name: read_config(path) for name, path in directory.tiers.items()}
     tokenizers = {name: Tokenizer.from_dir(path) for name, path in directory.tiers.items()}
     vocab_size = check_family(tokenizers, configs)
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    backend = backend or ("triton" if place.type == "cuda" else "torch")
-    check_backend(backend, place)
+    threads = check_threads(threads)
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    backend = backend or ("triton" if where.type == "cuda" else "torch")
+    check_backend(backend, where)
     max_seq = _max_seq(max_seq, configs)
-    host_control = control != "device" and (control == "host" or place.type == "cpu")
+    host_control = control != "device" and (control == "host" or where.type == "cpu")
     params = _checked_defaults(directory)
-    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place, host_control, backend)
+    if threads is None and where.type == "cpu":
+        threads = default_threads(max(weight_bytes(config, kind) for config in configs.values()))
+    place = place_for(where, threads)
+    plan = _memory_plan(configs, params, vocab_size, max_seq, kind, place.device, host_control, backend)
     plan.check()
     tiers: list[ModelTier] = []
     try:
-        for name, path in directory.tiers.items():
-            told = None if progress is None else _named(progress, name)
-            tiers.append(
-                ModelTier.load(
-                    name, path, device=place, dtype=kind, max_seq=max_seq, backend=backend, progress=told
+        # Files are read on the host, whatever the application's default device is.
+        with place.allocation(), torch.device("cpu"):
+            for name, path in directory.tiers.items():
+                told = None if progress is None else _named(progress, name)
+                tiers.append(
+                    ModelTier.load(
+                        name,
+                        path,
+                        device=place.device,
+                        dtype=kind,
+                        max_seq=max_seq,
+                        backend=backend,
+                        progress=told,
+                    )
                 )
-            )
     except torch.OutOfMemoryError as error:
         # Another process took what was free, or it is in pieces; the traceback would hold what was loaded.
         tiers.clear()
@@ -101,6 +119,7 @@ def load(
         plan=plan,
         prefix_reuse=prefix_reuse,
         graphs=graphs,
+        place=place,
     )
     if pyramid.graphs:
         told = None if progress is None else _named(progress, GRAPHS)

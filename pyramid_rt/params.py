@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    max_time: float | None
 
 
 # Names that other libraries use for what is called otherwise here.
@@ -52,6 +53,7 @@ _ALIASES = {
     "stop": ("stop_strings", "stop_sequences", "stop_words"),
     "stop_token_ids": ("eos_token_id", "eos_token_ids", "stop_token_id", "stop_tokens"),
     "ignore_eos": ("ignore_eos_token",),
+    "max_time": ("timeout", "time_limit", "max_seconds", "deadline"),
     "logprobs": ("top_tokens", "top_logprobs", "n_probs", "num_logprobs", "output_scores"),
     "draft_length": (
         "num_assistant_tokens", "num_speculative_tokens", "speculative_tokens", "num_draft_tokens", "n_draft",
@@ -117,6 +119,8 @@ class SamplingParams:
         stop_token_ids: ids that end the text as end-of-sequence does.
         ignore_eos: decode past the model's own end-of-sequence tokens.
         logprobs: report the target's log-probability of each token and this many most likely ones.
+        max_time: seconds after which the call ends with what it has, at the end of a round: its wait for other calls
+            and the pauses of a stream's reader count. None: as long as it takes.
     """
 
     max_new_tokens: int = 256
@@ -139,6 +143,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    max_time: float | None = None
 
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
@@ -271,6 +276,12 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
 
 
 _Check = Callable[[str, Any], Any]
+
+
+def _seconds(name: str, value: Any) -> float:
+    return checks.number(name, value, above=0.0)
+
+
 _CHECKS: dict[str, _Check] = {
     "max_new_tokens": _integer(0),
     "method": _or_none(_choice(METHODS)),
@@ -292,4 +303,5 @@ _CHECKS: dict[str, _Check] = {
     "stop_token_ids": _integers(0),
     "ignore_eos": checks.flag,
     "logprobs": _or_none(_integer(0)),
+    "max_time": _or_none(_seconds),
 }
