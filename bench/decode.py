@@ -144,7 +144,7 @@ def measure_rounds(
         for _ in range(rounds):
             engine.run(len(prompt) + 64)
 
-    with torch.inference_mode():
+    with engine.place.work():
         with refusing_syncs(device):
             engine.run(len(prompt) + 64)
         made = allocations(device) - before

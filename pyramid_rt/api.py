@@ -12,7 +12,9 @@ import torch
 
 from pyramid_rt import checks
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.decoding.place import Place, place_for
 from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.decoding.threads import check_threads, default_threads
 from pyramid_rt.errors import InputError, MemoryPlanError
 from pyramid_rt.loading.defaults import checked_defaults
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, check_family
@@ -21,6 +23,7 @@ from pyramid_rt.loading.model_tier import LaterTier, ModelTier
 from pyramid_rt.loading.weights import check_model, read_config
 from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.llama import weight_bytes
 from pyramid_rt.params import Options, SamplingParams, merged_options
 from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
 from pyramid_rt.text.tokenizer import Tokenizer
@@ -50,6 +53,7 @@ def load(
     control: str | None = None,
     prefix_reuse: bool = True,
     graphs: bool | GraphKind | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Pyramid:
     """Load a pyramid and keep it.
@@ -67,6 +71,8 @@ def load(
         prefix_reuse: keep the caches between calls and process only what a prompt adds to a shared beginning.
         graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
             default method are captured here, others at first use or by `Pyramid.prepare`.
+        threads: of an operation on a CPU, from 1 to the CPUs this process may use. By default 1 for a pyramid whose
+            largest tier has less than 64 MiB of weights, and torch's own number for others.
         progress: called with (tier, bytes read, bytes in all), while kernels are compiled with ("kernels", launches
             whose kernels are there, launches in all), and while graphs are captured with ("graphs", works captured,
             works in all).
@@ -75,10 +81,11 @@ def load(
         WeightsError: something is wrong with the directory, a config, a tokenizer or the tensors.
         InputError: an argument is wrong. MemoryPlanError: it would not fit; nothing was taken.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    backend = ("triton" if place.type == "cuda" else "torch") if backend is None else backend
-    check_backend(backend, place)
+    threads = check_threads(threads)
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    backend = ("triton" if where.type == "cuda" else "torch") if backend is None else backend
+    check_backend(backend, where)
     control = None if control is None else checks.choice("control", control, ("host", "device"))
     prefix_reuse = checks.flag("prefix_reuse", prefix_reuse)
     if progress is not None and not callable(progress):
@@ -90,9 +97,12 @@ def load(
     vocab_size = check_family(tokenizers, configs)
     for name, path in directory.tiers.items():
         check_model(path, configs[name])
-    host_control = control != "device" and (control == "host" or place.type == "cpu")
+    if threads is None and where.type == "cpu":
+        threads = default_threads(max(weight_bytes(config, kind) for config in configs.values()))
+    place = place_for(where, threads)
+    host_control = control != "device" and (control == "host" or where.type == "cpu")
     method, round_plan = _default_round(directory, host_control)
-    plan = plan_memory(configs, round_plan, vocab_size, max_seq, kind, place, backend)
+    plan = plan_memory(configs, round_plan, vocab_size, max_seq, kind, place.device, backend)
     plan.check()
     loader = _Loader(directory, configs, plan, place, kind, max_seq, backend, progress)
     pyramid = Pyramid(
@@ -105,6 +115,7 @@ def load(
         plan=plan,
         prefix_reuse=prefix_reuse,
         graphs=graphs,
+        place=place,
     )
     if pyramid.graphs:
         told = None if progress is None else _named(progress, GRAPHS)
@@ -137,7 +148,7 @@ class _Loader:
     directory: PyramidDirectory
     configs: dict[str, LlamaConfig]
     plan: MemoryPlan
-    device: torch.device
+    place: Place
     dtype: torch.dtype
     max_seq: int
     backend: str
@@ -160,15 +171,17 @@ class _Loader:
     def tier(self, name: str, progress: Progress | None) -> ModelTier:
         """One tier. Raises MemoryPlanError: another process took what was free, or it is in pieces."""
         try:
-            return ModelTier.load(
-                name,
-                self.directory.tiers[name],
-                device=self.device,
-                dtype=self.dtype,
-                max_seq=self.max_seq,
-                backend=self.backend,
-                progress=None if progress is None else _named(progress, name),
-            )
+            # Files are read on the host, whatever the application's default device is.
+            with self.place.allocation(), torch.device("cpu"):
+                return ModelTier.load(
+                    name,
+                    self.directory.tiers[name],
+                    device=self.place.device,
+                    dtype=self.dtype,
+                    max_seq=self.max_seq,
+                    backend=self.backend,
+                    progress=None if progress is None else _named(progress, name),
+                )
         except torch.OutOfMemoryError as error:
             raise self.plan.error(f"the device ran out at tier {name!r}: {error}") from None
 
@@ -179,7 +192,7 @@ class _Loader:
             self.directory.tiers[name],
             self.configs[name],
             max_seq=self.max_seq,
-            device=self.device,
+            device=self.place.device,
             backend=self.backend,
             load=lambda: self.tier(name, None),
         )

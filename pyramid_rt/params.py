@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     add_special_tokens: bool | None
     continue_final_message: bool | None
     heal: bool
+    max_time: float | None
 
 
 # Names that other libraries use for what is called otherwise here.
@@ -55,6 +56,7 @@ _ALIASES = {
     "stop": ("stop_strings", "stop_sequences", "stop_words"),
     "stop_token_ids": ("eos_token_id", "eos_token_ids", "stop_token_id", "stop_tokens"),
     "ignore_eos": ("ignore_eos_token",),
+    "max_time": ("timeout", "time_limit", "max_seconds", "deadline"),
     "logprobs": ("top_tokens", "top_logprobs", "n_probs", "num_logprobs", "output_scores"),
     "draft_length": (
         "num_assistant_tokens", "num_speculative_tokens", "speculative_tokens", "num_draft_tokens", "n_draft",
@@ -126,6 +128,8 @@ class SamplingParams:
             goes on with the last message where that is the assistant's.
         heal: take back the prompt's last token and let the new text begin with its characters, cut into tokens as
             the model likes it best; see "Prompts and text" in docs/options.md.
+        max_time: seconds after which the call ends with what it has, at the end of a round: its wait for other calls
+            and the pauses of a stream's reader count. None: as long as it takes.
     """
 
     max_new_tokens: int = 256
@@ -151,6 +155,7 @@ class SamplingParams:
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     heal: bool = False
+    max_time: float | None = None
 
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
@@ -288,6 +293,12 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
 
 
 _Check = Callable[[str, Any], Any]
+
+
+def _seconds(name: str, value: Any) -> float:
+    return checks.number(name, value, above=0.0)
+
+
 _CHECKS: dict[str, _Check] = {
     "max_new_tokens": _integer(0),
     "method": _or_none(_choice(METHODS)),
@@ -312,4 +323,5 @@ _CHECKS: dict[str, _Check] = {
     "add_special_tokens": _or_none(checks.flag),
     "continue_final_message": _or_none(checks.flag),
     "heal": checks.flag,
+    "max_time": _or_none(_seconds),
 }

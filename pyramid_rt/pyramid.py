@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Literal, Unpack
 
-import torch
-
 from pyramid_rt.decoding.engine import Engine, by_kernels
-from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
+from pyramid_rt.decoding.place import CudaPlace, Place, place_for
 from pyramid_rt.decoding.proposers import Proposer, check_proposer, with_proposer
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.decoding.threads import check_threads
 from pyramid_rt.decoding.tiers import Tier
-from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
+from pyramid_rt.errors import BusyError, InputError
+from pyramid_rt.gate import CLOSED, Caller, Gate, Visit
 from pyramid_rt.loading.memory import MemoryPlan
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.params import Options, SamplingParams, merged_options
-from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
-from pyramid_rt.stats import Timing, summarise
-from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
-from pyramid_rt.text.detokenizer import TextAssembler
+from pyramid_rt.result import GenerationResult
+from pyramid_rt.running import Request, work
+from pyramid_rt.streaming import AsyncStream, Ending, Stream, Work, run_in_thread
 from pyramid_rt.text.encoding import encode_prompt, split_stops, token_ids
 from pyramid_rt.text.healing import Pieces, Prefix, pieces_of, take_back
 from pyramid_rt.text.tokenizer import Tokenizer
@@ -36,21 +33,6 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 GraphKind = Literal["round", "step"]
 CHAIN = "chain"
 _ENGINES_KEPT = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A checked call; `stops` are looked for in the text, `stop_ids` in the tokens."""
-
-    params: SamplingParams
-    method: str
-    tiers: tuple[Tier, ...]
-    plan: RoundPlan
-    prompt: list[int]
-    seed: int
-    stops: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    prefix: Prefix | None
 
 
 class Pyramid:
@@ -74,6 +56,8 @@ class Pyramid:
             device is CUDA and controls itself. True or "round": a round is one graph. "step": the burst and each
             tier's verify are graphs, so that `stats` has the seconds of every tier; slower by a launch for each.
         recorder: what captures; by default CUDA's. For tests.
+        place: of the tiers' device; by default one made for it.
+        threads: of an operation on a CPU, at least 1; by default torch's own number. Not with `place`.
 
     Raises:
         InputError: the tiers, rules or options do not fit each other.
@@ -93,6 +77,8 @@ class Pyramid:
         prefix_reuse: bool = True,
         graphs: bool | GraphKind | None = None,
         recorder: Recorder | None = None,
+        place: Place | None = None,
+        threads: int | None = None,
     ) -> None:
         if not tiers:
             raise InputError("a pyramid needs at least one tier")
@@ -109,6 +95,7 @@ class Pyramid:
         self.rules = None if rules is None else tuple(rules)
         self.tokenizer, self.memory_plan = tokenizer, plan
         self.device = self.tiers[-1].device
+        self.place = place or place_for(self.device, check_threads(threads))
         self.control = control or ("host" if self.device.type == "cpu" else "device")
         self.vocab_size = vocab_size or min(tier.vocab_size for tier in self.tiers)
         self.eos_token_ids = tuple(eos_token_ids)
@@ -159,59 +146,76 @@ class Pyramid:
 
         Raises:
             InputError: the prompt or an option is wrong; nothing has run.
-            BusyError: the pyramid is closed, or this thread has a stream of it open.
+            BusyError: the pyramid is closed, or this thread has a stream of it open that it alone can end.
             NonFiniteLogitsError: a tier failed; `partial` holds what was committed before.
         """
-        with self.stream(prompt, params, **options) as stream:
-            for _ in stream:
-                pass
+        stream = self._stream(prompt, merged_options(params, options), runs_alone=True)
+        self._run(stream)
         return stream.result
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
     ) -> Stream:
         """The same, as an iterator of text pieces. Options are checked at once, work starts with iteration."""
-        request = self._request(prompt, merged_options(params, options))
-        return Stream(lambda cancelled: self._work(request, cancelled), self._gate)
+        return self._stream(prompt, merged_options(params, options))
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
     ) -> AsyncStream:
         """`stream` for asyncio: `async for piece in rt.astream(...)`. Close it with `aclose` or `async with`."""
-        request = self._request(prompt, merged_options(params, options))
-        return AsyncStream(
-            lambda owner: Stream(lambda cancelled: self._work(request, cancelled), self._gate, owner)
-        )
+        return AsyncStream(self._stream(prompt, merged_options(params, options)), self._gate)
 
     async def agenerate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[Options]
     ) -> GenerationResult:
         """`generate` for asyncio. Cancelling the task stops the work after the round it is in."""
-        async with self.astream(prompt, params, **options) as stream:
-            async for _ in stream:
-                pass
-        return stream.result
+        stream = self._stream(prompt, merged_options(params, options), runs_alone=True)
+        run = partial(self._run, stream, blocking=False)
+        return await run_in_thread(stream, self._gate, run)
 
     def close(self) -> None:
-        """Wait for the running call, then free weights, caches and buffers. Closing twice is no error."""
+        """Wait for the calls before this one, then free weights, caches and buffers, and give the memory back.
+
+        Streams that were not begun cannot be any more. Closing twice is no error.
+
+        Raises:
+            BusyError: this thread has a stream open that it alone can end.
+        """
+        visit = Visit()
         try:
-            self._gate.enter(threading.get_ident())
+            self._gate.enter(visit, Caller.current())
         except BusyError:
             if self._gate.closed:
                 return
             raise
-        self._gate.closed = True
-        self.tiers = ()
-        self._kept.clear()
-        self._gate.leave()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free(visit)
+
+    def _free(self, visit: Visit) -> None:
+        """What `close` does once its turn has come."""
+        self._gate.shut()
+        try:
+            with self.place.work():
+                self.tiers = ()
+                self._kept.clear()
+                self._recorder = None
+            self.place.trim()
+        finally:
+            self._gate.leave(visit)
 
     def __enter__(self) -> Pyramid:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """End the stream that is open, in whatever thread, and close; calls that wait get BusyError."""
+        visit = Visit()
+        if not self._gate.shut(visit):
+            return
+        holder = self._gate.holder()
+        stream = None if holder is None else holder.stream()
+        if isinstance(stream, Stream | AsyncStream):
+            stream.end()
+        self._gate.wait(visit, Caller.current())
+        self._free(visit)
 
     def prepare(
         self,
@@ -239,14 +243,15 @@ class Pyramid:
         """
         chosen, _, tiers, rules = self._chosen(merged_options(params, options))
         plan = self.make_plan(chosen, rules)
-        self._gate.enter(threading.get_ident())
+        visit = Visit()
+        self._gate.enter(visit, Caller.current())
         try:
+            visit.reader = Caller.current()
             engine = self._engine(tiers, plan)
-            with torch.inference_mode():
-                engine.compile(compiling)
-                return engine.prepare(progress)
+            engine.compile(compiling)
+            return engine.prepare(progress)
         finally:
-            self._gate.leave()
+            self._gate.leave(visit)
 
     # From the call to checked work
 
@@ -263,14 +268,17 @@ class Pyramid:
             )
         if recorder is None and self.device.type != "cuda":
             raise InputError(f"graphs={graphs!r} needs a CUDA device, found {str(self.device)!r}")
-        return recorder or CudaRecorder(self.device)
+        if recorder is None:
+            assert isinstance(self.place, CudaPlace)
+            recorder = CudaRecorder(self.place)
+        return recorder
 
     def _chosen(
         self, options: Mapping[str, Any]
     ) -> tuple[SamplingParams, str, tuple[Tier, ...], tuple[Rule, ...]]:
         """Checked options, and the method, tiers and rules they mean."""
         if self._gate.closed:
-            raise BusyError("the pyramid is closed")
+            raise BusyError(CLOSED)
         params = SamplingParams.build(options, {**self.defaults, "method": None})
         method = params.method or self.default_method
         if method == CHAIN:
@@ -282,7 +290,7 @@ class Pyramid:
         check_proposer(tiers, rules)
         return params, method, tiers, rules
 
-    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
+    def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> Request:
         params, method, tiers, rules = self._chosen(options)
         given = token_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
         stops, special = split_stops(params.stop, self.tokenizer)
@@ -290,17 +298,17 @@ class Pyramid:
         # A special token past the vocabulary is one that no model gives.
         stop_ids = {*given, *ended_by, *(index for index in special if index < self.vocab_size)}
         ids, prefix = self._encode(prompt, params)
-        plan = self.make_plan(params, rules)
-        return _Request(
-            params,
-            method,
-            tiers,
-            plan,
-            ids,
-            params.with_seed(),
-            tuple(stops),
-            tuple(sorted(stop_ids)),
-            prefix,
+        return Request(
+            params=params,
+            method=method,
+            levels=tuple(self.tiers.index(tier) for tier in tiers),
+            names=tuple(tier.name for tier in tiers),
+            plan=self.make_plan(params, rules),
+            prompt=ids,
+            seed=params.with_seed(),
+            stops=tuple(stops),
+            stop_ids=tuple(sorted(stop_ids)),
+            prefix=prefix,
         )
 
     def make_plan(self, params: SamplingParams, rules: Sequence[Rule]) -> RoundPlan:
@@ -354,133 +362,31 @@ class Pyramid:
                 plan,
                 self.vocab_size,
                 self.max_seq,
-                self.device,
+                self.place,
                 self._recorder,
                 stepwise=self._stepwise,
             )
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _work(self, request: _Request, cancelled: Callable[[], bool]) -> Work:
-        """Decode, yielding text; the generator's return value is the result."""
-        run = _Run(self, request)
-        try:
-            while not run.over and not cancelled():
-                piece = run.step()
-                if piece:
-                    yield piece
-        except NonFiniteLogitsError as error:
-            if run.tokens:
-                error.partial = run.result("cancelled")
-            raise
-        finally:
-            run.close()
-        if run.over:
-            last = run.flush()
-            if last:
-                yield last
-            return run.result()
-        return run.result("cancelled")
+    def _stream(self, prompt: Prompt, options: Mapping[str, Any], *, runs_alone: bool = False) -> Stream:
+        request = self._request(prompt, options)
+        ending = Ending(request.params.max_time)
+        begin = partial(self._work, request, ending)
+        return Stream(begin, request.unstarted, self._gate, ending, runs_alone=runs_alone)
 
+    def _work(self, request: Request, ending: Ending) -> Work:
+        tiers = tuple(self.tiers[level] for level in request.levels)
+        engine = self._engine(tiers, request.plan)
+        return work(engine, self.tokenizer, request, ending, reuse=self.prefix_reuse)
 
-class _Run:
-    """Host side of one generation: tokens and text so far, and the time spent."""
-
-    def __init__(self, pyramid: Pyramid, request: _Request) -> None:
-        begin = time.perf_counter()
-        self._request = request
-        self._tokenizer = pyramid.tokenizer
-        self._generation = Generation(
-            pyramid._engine(request.tiers, request.plan),
-            [rule.threshold for rule in request.plan.rules],
-            request.params,
-            request.seed,
-            request.prompt,
-            request.stop_ids,
-            reuse=pyramid.prefix_reuse,
-            constraint=request.prefix,
-        )
-        self._text = (
-            TextAssembler(
-                pyramid.tokenizer,
-                request.stops,
-                frozenset(request.stop_ids),
-                request.prompt,
-                skip=request.prefix.rest if request.prefix is not None else b"",
-            )
-            if pyramid.tokenizer is not None
-            else None
-        )
-        self.tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._started = False
-        self._first: float | None = None
-        self._busy = time.perf_counter() - begin
-
-    @property
-    def over(self) -> bool:
-        """The sequence is finished, or a stop string is complete."""
-        return self._generation.finished or (self._text is not None and self._text.stopped)
-
-    def step(self) -> str:
-        """The next commit; returns the text it lets show."""
-        begin = time.perf_counter()
-        commit = self._generation.advance() if self._started else self._generation.start()
-        self._started = True
-        self.tokens += commit.tokens
-        self._logprobs += [self._spelt(entry) for entry in commit.logprobs]
-        piece = ""
-        if self._text is not None:
-            piece = self._text.push(commit.tokens)
-            if self._text.stopped:
-                # Tokens that the device decoded past the stop string are discarded.
-                del self.tokens[self._text.tokens_used :], self._logprobs[self._text.tokens_used :]
-        self._busy += time.perf_counter() - begin
-        if self._first is None:
-            self._first = self._busy
-        return piece
-
-    def _spelt(self, entry: TokenLogprobs) -> TokenLogprobs:
-        """The same with the texts of its tokens."""
-        if self._tokenizer is None:
-            return entry
-        texts = tuple(self._tokenizer.token_text(index) for index, _ in entry.top)
-        return replace(entry, text=self._tokenizer.token_text(entry.token), top_texts=texts)
-
-    def close(self) -> None:
-        """Nothing more is wanted of the device."""
-        self._generation.close()
-
-    def flush(self) -> str:
-        """The text held back so far, now that nothing follows."""
-        return self._text.flush() if self._text is not None else ""
-
-    def result(self, reason: FinishReason | None = None) -> GenerationResult:
-        """The result so far; without `reason` the one it ended for."""
-        request, generation = self._request, self._generation
-        if reason is None:
-            stopped = generation.stopped or (self._text is not None and self._text.stopped)
-            reason = "stop" if stopped else "length"
-        stats = summarise(
-            request.method,
-            all(rule.lossless for rule in request.plan.rules[-1:]),
-            [tier.name for tier in request.tiers],
-            generation.counters(),
-            generation.survived(),
-            generation.seconds(),
-            prompt_tokens=len(request.prompt),
-            reused_tokens=generation.reused,
-            new_tokens=len(self.tokens),
-            timing=Timing(self._first, self._busy),
-        )
-        return GenerationResult(
-            text=self._text.text if self._text is not None else "",
-            tokens=self.tokens,
-            finish_reason=reason,
-            stats=stats,
-            seed=request.seed,
-            logprobs=self._logprobs if request.params.logprobs is not None else None,
-        )
+    def _run(self, stream: Stream, caller: Caller | None = None, *, blocking: bool = True) -> None:
+        """Wait for a stream's turn and read it to its end, inside the place as a whole."""
+        with stream:
+            if stream.begin(caller, blocking=blocking):
+                with self.place.work():
+                    for _ in stream:
+                        pass
 
 
 def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> RoundPlan:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pyramid_rt.stats import Stats
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class GenerationResult:
         text: without the end-of-sequence token and without the stop string.
         tokens: the new ids, the end-of-sequence token included.
         finish_reason: "stop" (end-of-sequence, stop token or stop string), "length" (max_new_tokens reached or
-            the context full), or "cancelled".
+            the context full), "timeout" (max_time was over) or "cancelled".
         stats: see `Stats`.
         seed: the seed that was used; the same seed gives the same tokens.
         logprobs: one entry per token, or None when not asked for.

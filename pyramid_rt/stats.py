@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyramid_rt.decoding.counters import COLUMN
+from pyramid_rt.decoding.counters import COLUMN, COUNTERS
 
 
 def ratio(part: float, whole: float) -> float | None:
@@ -87,16 +87,17 @@ class ForwardClock:
 
     def __init__(self, tiers: int, device: torch.device) -> None:
         self._seconds = [0.0] * tiers
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measure(self, level: int) -> Iterator[None]:
-        if self._cuda:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((level, begin, end))
         else:
             begin_seconds = time.perf_counter()
@@ -123,6 +124,11 @@ class Timing:
 
     first_token: float | None
     total: float
+
+
+def no_work(tiers: int) -> tuple[list[list[int]], list[int], list[float | None]]:
+    """Counters, survived tokens and seconds of a call that ended before anything ran, for `summarise`."""
+    return [[0] * len(COUNTERS) for _ in range(tiers)], [0] * tiers, [None] * tiers
 
 
 def summarise(

@@ -43,7 +43,7 @@ class TorchBackend:
 
     def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Window:
         """See `Backend`."""
-        positions = torch.arange(length, device=start.device).add_(start)
+        positions = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
         mask = reference.causal_mask(positions, kv_bound, group, rotary.dtype)
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
         return Window(positions, cos, sin, mask)

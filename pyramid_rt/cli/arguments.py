@@ -52,6 +52,7 @@ LOADING_FLAGS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("--max-seq", int, "longest sequence, prompt included"),
     ("--backend", str, "triton (default on CUDA) or torch"),
     ("--control", str, "who ends an inner round: host (default on a CPU) or device"),
+    ("--threads", int, "of an operation on a CPU; fewer beside other busy programs"),
     (
         "--graphs",
         lambda text: False if text == "off" else text,

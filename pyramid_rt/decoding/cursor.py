@@ -32,7 +32,7 @@ class Cursor:
 
     def __init__(self, plan: RoundPlan, state: State) -> None:
         self.state, self._host = state, plan.host_control
-        self.line = torch.arange(state.tokens.shape[-1], device=state.tokens.device)
+        self.line = torch.arange(state.tokens.shape[-1], dtype=torch.int64, device=state.tokens.device)
         self.end: Number = state.end
         self.limit: Number = state.limit
         self.ended: Flag = state.ended
@@ -57,7 +57,7 @@ class Cursor:
         state.ended.fill_(self.ended)
         for place, cached in zip(state.cached, self.cached, strict=True):
             place.fill_(cached)
-        state.counters += torch.tensor(self._counted, device=state.counters.device)
+        state.counters += torch.tensor(self._counted, dtype=torch.int64, device=state.counters.device)
 
     def mark(self) -> Number:
         """The end of the text, which stays that number when the end moves."""
@@ -73,7 +73,10 @@ class Cursor:
 
     def tensor(self, value: Flag) -> Tensor:
         """bool []."""
-        return value if isinstance(value, Tensor) else torch.full((), value, device=self.line.device)
+        if isinstance(value, Tensor):
+            return value
+        dtype = torch.bool if isinstance(value, bool) else torch.int64
+        return torch.full((), value, dtype=dtype, device=self.line.device)
 
     def places(self, first: Number, count: int) -> Tensor:
         """Positions or rows [count] int64 from `first` on."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.graphs import Capture, Graphs, Recorder
+from pyramid_rt.decoding.place import Place, inside
 from pyramid_rt.decoding.readback import RoundReader, Snapshot
 from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer
 from pyramid_rt.decoding.state import RoundPlan, State
@@ -71,7 +72,7 @@ class Engine:
         plan: the static shape of a round.
         vocab_size: columns of the logits that are decoded over.
         max_seq: positions of the caches, slack excluded.
-        device: of the buffers.
+        place: of the buffers; everything here happens inside it.
         recorder: captures rounds; None runs them eagerly.
         stepwise: capture the steps of a round separately.
     """
@@ -82,19 +83,26 @@ class Engine:
         plan: RoundPlan,
         vocab_size: int,
         max_seq: int,
-        device: torch.device,
+        place: Place,
         recorder: Recorder | None = None,
         *,
         stepwise: bool = False,
     ) -> None:
-        self.tiers, self.plan = tuple(tiers), plan
+        self.tiers, self.plan, self.place = tuple(tiers), plan, place
+        self._clock: TierTimer | None = None
+        self._context = max_seq
+        with place.allocation():
+            self._allocate(vocab_size, recorder, stepwise)
+
+    def _allocate(self, vocab_size: int, recorder: Recorder | None, stepwise: bool) -> None:
+        tiers, plan, max_seq = self.tiers, self.plan, self._context
         make = State.for_kernels if by_kernels(tiers, plan) else State.allocate
-        self.state = make(plan, max_seq, vocab_size, device)
+        self.state = make(plan, max_seq, vocab_size, self.place.device)
         # Under device control the next round starts before the last one is read. Log-probabilities are read
         # from rows that the next round overwrites.
         self.ahead = 0 if plan.host_control or plan.logprobs is not None else 1
         self._rounds = rounds_for(tiers, plan, self.state, vocab_size)
-        self._reader = RoundReader(plan, self.state, self.ahead)
+        self._reader = RoundReader(plan, self.state, self.ahead, self.place)
         self._graphs: Graphs | None = None
         if recorder is not None:
             names = tuple(tier.name for tier in tiers)
@@ -102,8 +110,6 @@ class Engine:
             self._graphs = Graphs(
                 self._rounds, self.state, others, plan, max_seq, names, recorder, stepwise=stepwise
             )
-        self._clock: TierTimer | None = None
-        self._context = max_seq
         # What the prompt is processed by: lists of launches on windows of one width, or the tiers' own way.
         self._fillers = cast(WindowRoundRunner, self._rounds) if self.state.decode_state is not None else None
 
@@ -127,6 +133,7 @@ class Engine:
         count = self._rounds.launches()
         return None if count is None else count + 1  # and the report
 
+    @inside
     def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile the kernels of a round, where rounds are made of them: seconds for each that no cache on disk has.
 
@@ -137,6 +144,7 @@ class Engine:
         if self._fillers is not None and self.state.tokens.device.type == "cuda":
             self._fillers.compile(progress)
 
+    @inside
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Capture what will be needed, for every length of text; how many graphs were new.
 
@@ -159,19 +167,21 @@ class Engine:
             progress(len(works), len(works))
         return count
 
+    @inside
     def restart(self, end: int, clock: TierTimer) -> None:
         """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
         self._clock = clock
         self._reader.restart(end)
         self._rounds.restart(clock)
 
+    @inside
     def fill(self, level: int, begin: int, end: int) -> None:
         """Positions begin .. end - 1 of the prompt, up to `chunk`, into a tier's cache."""
         if self._fillers is not None:
             self._fillers.place(begin)
             self._call(f"fill {level}", self._context, self._fill(level))
             return
-        start = torch.full((), begin, device=self.state.tokens.device)
+        start = torch.full((), begin, dtype=torch.int64, device=self.state.tokens.device)
         self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
 
     def whole_chunks(self, level: int, prompt: int) -> int:
@@ -192,6 +202,7 @@ class Engine:
         if bulk is not None:
             bulk.bulk = min(bulk.bulk, count)
 
+    @inside
     def fill_chunk(self, level: int, begin: int) -> int:
         """A chunk of the prompt into a tier's cache; where it ends."""
         tier = self._bulk_tier(level)
@@ -202,6 +213,7 @@ class Engine:
         tier = self.tiers[level]
         return cast(DeviceTier, tier) if getattr(tier, "device_rounds", False) else None
 
+    @inside
     def first_token(self, begin: int, end: int) -> None:
         """The same with the prompt's last tokens, up to `chunk`, in the target, which commits the token after."""
         if self._fillers is not None:
@@ -209,17 +221,19 @@ class Engine:
             self._call("first token", self._context, self._first)
         else:
             window = self.state.tokens[begin:end]
-            row = torch.full((1,), end - 1 - begin, device=window.device)
-            start = torch.full((), begin, device=window.device)
+            row = torch.full((1,), end - 1 - begin, dtype=torch.int64, device=window.device)
+            start = torch.full((), begin, dtype=torch.int64, device=window.device)
             self._rounds.first_token(row, end, window, start)
             self._reader.gather()
         self._reader.post()
 
+    @inside
     def launch(self, known_end: int) -> None:
         """One outer round; waits for nothing. `known_end` is an upper bound of `state.end`."""
         self.run(known_end)
         self._reader.post()
 
+    @inside
     def run(self, known_end: int) -> None:
         """`launch` of a round that nobody will read."""
         if self._graphs is not None:
@@ -228,6 +242,7 @@ class Engine:
             self._rounds.outer_round(known_end)
             self._reader.gather()
 
+    @inside
     def read(self) -> Snapshot:
         """The oldest round that was not read; waits for it."""
         return self._reader.take()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.healing import Constraint, draw
+from pyramid_rt.decoding.place import inside
 from pyramid_rt.decoding.readback import Snapshot
 from pyramid_rt.decoding.tiers import PromptTier, shared_prefix
 from pyramid_rt.errors import NonFiniteLogitsError
@@ -41,6 +42,8 @@ class Generation:
         stop_ids: ids that end the sequence.
         reuse: take what the tiers' caches hold of the prompt already.
         constraint: on the first tokens, which the target then draws alone; see `healing`.
+        interrupted: asked between two parts of the prompt; once it says so, `start` and `advance` leave the rest
+            undone and commit nothing, and neither may be called again.
     """
 
     def __init__(
@@ -54,7 +57,10 @@ class Generation:
         *,
         reuse: bool = True,
         constraint: Constraint | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.place = engine.place
+        self._interrupted = interrupted
         self._engine, self._tiers, self._plan, self._state = engine, engine.tiers, engine.plan, engine.state
         self._reuse, self._constraint, self._stop_ids = reuse, constraint, frozenset(stop_ids)
         self._filters = params.filters
@@ -63,15 +69,14 @@ class Generation:
         self._context = min(tier.max_seq for tier in self._tiers)
         self._filled = [False] * self._plan.tiers
         self._clock = ForwardClock(self._plan.tiers, self._state.tokens.device)
-        engine.restart(len(prompt), self._clock)
         self._last: Snapshot | None = None
         self._limit = min(len(prompt) + params.max_new_tokens, self._context)
         self.finished = params.max_new_tokens == 0
         self.stopped = False
         self.reused = 0
-        self._write_request(thresholds, params, seed, stop_ids)
+        self._begin(thresholds, params, seed, stop_ids)
 
-    @torch.inference_mode()
+    @inside
     def start(self) -> Commit:
         """Process the prompt in the target, which gives the first token; the lower tiers follow later.
 
@@ -84,17 +89,19 @@ class Generation:
         self.reused = self._share(target, end - 1)
         chunk = self._engine.chunk
         begin = max(self.reused, (end - 1) // chunk * chunk)
-        self._prefill(target, self.reused, begin)
+        if not self._prefill(target, self.reused, begin):
+            return Commit([])
         return self._first_token(begin) if self._constraint is None else self._draw(self._constraint, begin)
 
-    @torch.inference_mode()
+    @inside
     def advance(self) -> Commit:
         """The tokens of the next outer round."""
         if not self._filled[
             -1
-        ]:  # the tokens under the constraint are there, and the target has not seen the last
+        ]:  # the tokens under the constraint are there, the target has not seen the last
             return self._first_token(len(self._prompt) - 1)
-        self._fill_lower_tiers()
+        if not self._fill_lower_tiers():
+            return Commit([])
         engine = self._engine
         while engine.unread <= engine.ahead and (engine.unread == 0 or self._goes_on()):
             engine.launch(self._furthest())
@@ -122,13 +129,16 @@ class Generation:
         )
         self._prompt += drawn.tokens
         self._tokens += drawn.tokens
-        state.tokens[end : len(self._prompt)].copy_(torch.tensor(drawn.tokens, device=state.tokens.device))
+        state.tokens[end : len(self._prompt)].copy_(
+            torch.tensor(drawn.tokens, dtype=torch.int64, device=state.tokens.device)
+        )
         state.end.fill_(len(self._prompt))
         self._engine.restart(len(self._prompt), self._clock)
         self.stopped = bool(self._stop_ids.intersection(drawn.tokens[-1:]))
         self.finished = self.stopped or len(self._prompt) >= self._limit
         return Commit(drawn.tokens, self._logprobs(drawn.tokens, drawn.rows))
 
+    @inside
     def close(self) -> None:
         """Note what the caches hold for the next call, once the device has finished what it was given."""
         cached = [int(value) for value in torch.stack(self._state.cached).tolist()]
@@ -142,10 +152,12 @@ class Generation:
             return self._last.counters
         return [[0] * len(COUNTERS) for _ in self._tiers]
 
+    @inside
     def seconds(self) -> list[float | None]:
         """Per tier, spent in its forwards (in its steps, where those are graphs); None where one graph hides it."""
         return list(self._clock.seconds()) if self._engine.timed else [None] * self._plan.tiers
 
+    @inside
     def survived(self) -> list[int]:
         """Per tier, the tokens it put there among those committed after the prompt's first."""
         origin = self._state.origin[len(self._prompt) + 1 : len(self._tokens)]
@@ -155,11 +167,14 @@ class Generation:
             else [0] * self._plan.tiers
         )
 
-    def _write_request(
+    @inside
+    def _begin(
         self, thresholds: Sequence[float], params: SamplingParams, seed: int, stop_ids: Sequence[int]
     ) -> None:
+        self._engine.restart(len(self._prompt), self._clock)
         state, device = self._state, self._state.tokens.device
-        state.tokens[: len(self._prompt)].copy_(torch.tensor(self._prompt, device=device))
+        prompt = torch.tensor(self._prompt, dtype=torch.int64, device=device)
+        state.tokens[: len(self._prompt)].copy_(prompt)
         state.end.fill_(len(self._prompt))
         state.limit.fill_(self._limit)
         state.ended.fill_(False)
@@ -167,8 +182,9 @@ class Generation:
             cached.fill_(0)
         state.stop_mask.zero_()
         if stop_ids:
-            state.stop_mask[torch.tensor(sorted(stop_ids), device=device)] = True
-        state.seed.copy_(torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=device))
+            state.stop_mask[torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)] = True
+        words = [seed & 0xFFFFFFFF, seed >> 32]
+        state.seed.copy_(torch.tensor(words, dtype=torch.int64, device=device))
         state.temperature.fill_(params.temperature)
         state.top_k.fill_(params.top_k)
         state.top_p.fill_(params.top_p)
@@ -189,25 +205,35 @@ class Generation:
         self._engine.keep(level, count)
         return count
 
-    def _fill_lower_tiers(self) -> None:
-        """The prompt into the caches of the lower tiers, once."""
+    def _fill_lower_tiers(self) -> bool:
+        """The prompt into the caches of the lower tiers, once; False where it was interrupted."""
         for level in range(self._plan.tiers - 1):
             if not self._filled[level]:
                 end = len(self._prompt)
-                self._prefill(level, self._share(level, end), end)
+                if not self._prefill(level, self._share(level, end), end):
+                    return False
                 self._state.cached[level].fill_(end)
                 self._filled[level] = True
+        return True
 
-    def _prefill(self, level: int, begin: int, end: int) -> None:
-        """Positions begin .. end - 1 of the prompt into a tier's cache, in chunks that end at fixed positions."""
+    def _prefill(self, level: int, begin: int, end: int) -> bool:
+        """Positions begin .. end - 1 of the prompt into a tier's cache, in chunks that end at fixed positions.
+
+        False where it was interrupted before the last of them.
+        """
         whole = self._engine.whole_chunks(level, len(self._prompt))
         while begin < min(whole, end):
+            if self._interrupted():
+                return False
             begin = self._engine.fill_chunk(level, begin)
         chunk = self._engine.chunk
         while begin < end:
+            if self._interrupted():
+                return False
             stop = min((begin // chunk + 1) * chunk, end)
             self._engine.fill(level, begin, stop)
             begin = stop
+        return True
 
     def _furthest(self) -> int:
         """An upper bound of `State.end`, with the rounds that were not read yet."""
@@ -240,7 +266,7 @@ class Generation:
         if rows is None or self._plan.logprobs is None or not tokens:
             return []
         logs = torch.log_softmax(rows[: len(tokens)], -1)
-        index = torch.tensor(tokens, device=logs.device).unsqueeze(-1)
+        index = torch.tensor(tokens, dtype=torch.int64, device=logs.device).unsqueeze(-1)
         chosen = logs.gather(-1, index).squeeze(-1).tolist()
         best = logs.topk(min(self._plan.logprobs, logs.shape[-1]), -1)
         ids, values = best.indices.tolist(), best.values.tolist()

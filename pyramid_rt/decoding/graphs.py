@@ -6,6 +6,7 @@ as often as the round has them: then every step can be timed, at the price of a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyramid_rt.decoding.place import Callback, CudaPlace
 from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer, timing
 from pyramid_rt.decoding.remedies import remedy
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
@@ -24,7 +26,8 @@ from pyramid_rt.errors import GraphCaptureError
 _SMALLEST_HORIZON = 512
 _WARM_UP_RUNS = 2
 
-Callback = Callable[[], None]
+# One capture at a time in the process: beginning one waits for the device, which a running one does not survive.
+_CAPTURES = threading.Lock()
 # The parts of a work on cache rows that hold a text up to this end, in order.
 Capture = Callable[[int], Sequence[Segment]]
 
@@ -38,27 +41,27 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs of one device. All share one pool: they never run at the same time."""
+    """CUDA graphs of one place. All share one pool: they never run at the same time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, place: CudaPlace) -> None:
+        self._place = place
+        with place.work():
+            self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callback) -> Callback:
-        """Warm up on a side stream, so that libraries and kernels are loaded, then record.
+        """Warm up, so that libraries and kernels are loaded, then record, both on the place's own stream.
 
+        Other threads may allocate and launch meanwhile: only what this one does wrong spoils its capture.
         Raises whatever the work or CUDA raises; the stream is out of capture mode then.
         """
-        with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP_RUNS):
-                    work()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
+        with _CAPTURES, self._place.work():
+            for _ in range(_WARM_UP_RUNS):
+                work()
+            self._place.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._place.stream, capture_error_mode="thread_local"
+            ):
                 work()
         return graph.replay
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.counters import COUNTERS
+from pyramid_rt.decoding.place import Mark, Place, inside
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import Runnable
 
@@ -38,23 +39,31 @@ class RoundReader:
 
     `gather` ends a round and may be captured with it: a round's tokens are those since the last `gather`.
     `post` starts the copy to the host and waits for nothing; `take` waits until the oldest posted round is done.
-    On CUDA the copy goes to pinned memory, and an event says when it is there.
+    On CUDA the copy goes to pinned memory, and a mark of the place says when it is there.
 
     Args:
         plan, state: of the rounds.
         ahead: most rounds that are posted and not taken.
+        place: of the state; all this happens inside it.
     """
 
-    def __init__(self, plan: RoundPlan, state: State, ahead: int) -> None:
-        self._plan, self._state = plan, state
+    def __init__(self, plan: RoundPlan, state: State, ahead: int, place: Place) -> None:
+        self._plan, self._state, self.place = plan, state, place
+        with place.allocation():
+            self._allocate(ahead)
+
+    def _allocate(self, ahead: int) -> None:
+        plan, state = self._plan, self._state
         device = state.tokens.device
-        self._steps = torch.arange(plan.longest_commit, device=device)
+        self._steps = torch.arange(plan.longest_commit, dtype=torch.int64, device=device)
         self.reported = torch.zeros((), dtype=torch.int64, device=device)
-        self._cuda = device.type == "cuda"
+        pinned = device.type == "cuda"
         size = 3 + plan.tiers * (2 + len(COUNTERS)) + plan.longest_commit
         self._numbers = torch.zeros(size, dtype=torch.int64, device=device)
-        self._free = [torch.zeros(size, dtype=torch.int64, pin_memory=self._cuda) for _ in range(ahead + 1)]
-        self._posted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._free = [
+            torch.zeros(size, dtype=torch.int64, device="cpu", pin_memory=pinned) for _ in range(ahead + 1)
+        ]
+        self._posted: deque[tuple[Tensor, Mark | None]] = deque()
         self._launch: Runnable | None = None
         if state.decode_state is not None:
             # Triton, which the kernels need, is not everywhere.
@@ -67,12 +76,14 @@ class RoundReader:
         """Rounds posted and not yet taken."""
         return len(self._posted)
 
+    @inside
     def restart(self, end: int) -> None:
         """A new text of `end` tokens: forget the rounds that nobody took."""
         self._free += [place for place, _ in self._posted]
         self._posted.clear()
         self.reported.fill_(end)
 
+    @inside
     def gather(self) -> None:
         """After a round, on the device: what the host will want to know of it."""
         if self._launch is not None:
@@ -85,21 +96,19 @@ class RoundReader:
         torch.cat(numbers, out=self._numbers)
         self.reported.copy_(s.end)
 
+    @inside
     def post(self) -> None:
         """After `gather`: send it to the host."""
         place = self._free.pop()
         place.copy_(self._numbers, non_blocking=True)
-        event = None
-        if self._cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._posted.append((place, event))
+        self._posted.append((place, self.place.mark()))
 
+    @inside
     def take(self) -> Snapshot:
         """The oldest posted round."""
-        place, event = self._posted.popleft()
-        if event is not None:
-            event.synchronize()
+        place, mark = self._posted.popleft()
+        if mark is not None:
+            mark.synchronize()
         begin, end, ended, *rest = place.tolist()
         self._free.append(place)
         tiers, columns = self._plan.tiers, len(COUNTERS)

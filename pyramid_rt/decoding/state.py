@@ -140,7 +140,7 @@ class State:
             below = plan.longest[level - 1] if level > 0 else 0
             # An inactive verify still writes its rows, past everything that stands.
             count = plan.longest[level] + below + 2
-            return torch.zeros(count, vocab_size, device=device) if wanted else None
+            return torch.zeros(count, vocab_size, dtype=torch.float32, device=device) if wanted else None
 
         stages = range(plan.tiers - 1)
         return cls(
@@ -156,13 +156,15 @@ class State:
             top_k=scalar(0, torch.int64),
             top_p=scalar(1.0, torch.float32),
             min_p=scalar(0.0, torch.float32),
-            thresholds=torch.tensor([rule.threshold for rule in plan.rules] or [0.0], device=device),
+            thresholds=torch.tensor(
+                [rule.threshold for rule in plan.rules] or [0.0], dtype=torch.float32, device=device
+            ),
             counters=torch.zeros(plan.tiers, len(COUNTERS), dtype=torch.int64, device=device),
             bad=torch.full((plan.tiers,), NO_POSITION, dtype=torch.int64, device=device),
             own_rows=[rows(level, plan.keep_own[level]) for level in stages],
             effective_rows=[rows(level, plan.keep_effective[level]) for level in stages],
             logprob_rows=(
-                torch.zeros(plan.longest_commit, vocab_size, device=device)
+                torch.zeros(plan.longest_commit, vocab_size, dtype=torch.float32, device=device)
                 if plan.logprobs is not None
                 else None
             ),

@@ -371,7 +371,9 @@ class _NoiseRows:
         missing = first - self._first + count - self._rows.shape[0]
         if missing > 0:
             begin = self._first + self._rows.shape[0]
-            positions = torch.arange(begin, begin + max(missing, self.BLOCK), device=seed.device)
+            positions = torch.arange(
+                begin, begin + max(missing, self.BLOCK), dtype=torch.int64, device=seed.device
+            )
             self._rows = torch.cat((self._rows, ops.own_noise(seed, positions, vocab_size)))
         offset = first - self._first
         return self._rows[offset : offset + count]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.engine import PREFILL_CHUNK
+from pyramid_rt.decoding.place import Place, inside
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.params import SamplingParams
@@ -32,19 +33,19 @@ CUDA_BURST = 8  # passes in a row between two looks at the clock, as decoding do
 _CHUNK = WIDTHS[-1]
 
 
-def device_clock(device: torch.device) -> Now:
+def device_clock(place: Place) -> Now:
     """Seconds on the host, once the device has finished what it was given."""
-    if device.type != "cuda":
+    if place.device.type != "cuda":
         return time.perf_counter
 
     def now() -> float:
-        torch.cuda.synchronize(device)
+        place.synchronize()
         return time.perf_counter()
 
     return now
 
 
-@torch.inference_mode()
+@inside
 def record(
     pyramid: Pyramid, prompt: Sequence[int], text: Sequence[int], params: SamplingParams, clock: Now
 ) -> tuple[Trace, list[float]]:
@@ -60,7 +61,7 @@ def record(
     Returns: the trace, and per tier the seconds for the prompt.
     """
     device, first = pyramid.device, len(prompt)
-    tokens = torch.tensor([*prompt, *text], device=device)
+    tokens = torch.tensor([*prompt, *text], dtype=torch.int64, device=device)
     prefill = [_timed_prefill(tier, tokens[:first], clock) for tier in pyramid.tiers]
     pairs = list(combinations(range(len(pyramid.tiers)), 2))
     own: list[list[int]] = [[] for _ in pyramid.tiers]
@@ -69,10 +70,10 @@ def record(
     # The row of a position gives the token after it: the prompt's last gives the first of the text.
     for begin in range(first - 1, tokens.shape[0] - 1, _CHUNK):
         window = tokens[begin : min(begin + _CHUNK, tokens.shape[0] - 1)]
-        rows = torch.arange(window.shape[0], device=device)
+        rows = torch.arange(window.shape[0], dtype=torch.int64, device=device)
         raw = []
         for level, tier in enumerate(pyramid.tiers):
-            start = torch.full((), begin, device=device)
+            start = torch.full((), begin, dtype=torch.int64, device=device)
             logits = tier.forward(window, start, rows, begin + window.shape[0])
             assert logits is not None
             raw.append(logits[..., : pyramid.vocab_size])
@@ -90,7 +91,8 @@ def _timed_prefill(tier: Tier, prompt: Tensor, clock: Now) -> float:
     begin = clock()
     for start in range(0, prompt.shape[0], PREFILL_CHUNK):
         stop = min(start + PREFILL_CHUNK, prompt.shape[0])
-        tier.forward(prompt[start:stop], torch.full((), start, device=prompt.device), None, stop)
+        first = torch.full((), start, dtype=torch.int64, device=prompt.device)
+        tier.forward(prompt[start:stop], first, None, stop)
     return clock() - begin
 
 
@@ -101,9 +103,12 @@ class _OwnTokens:
         self._noisy, self._vocab_size = params.temperature > 0, vocab_size
         self._filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         seed = params.seed or 0
-        self._seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=device)
+        self._seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64, device=device)
         values = (params.temperature, params.top_k, params.top_p, params.min_p)
-        self._processing = [torch.tensor(value, device=device) for value in values]
+        self._processing = [
+            torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float32, device=device)
+            for value in values
+        ]
 
     def of(self, raw: Tensor, positions: Tensor) -> list[int]:
         """Own tokens of raw logits [R, V] for positions [R]."""
@@ -120,7 +125,7 @@ class _OwnTokens:
         return ops.process_logits(raw, *self._processing, filters=self._noisy and self._filters)
 
 
-@torch.inference_mode()
+@inside
 def time_passes(
     pyramid: Pyramid, text: Sequence[int], widest: Sequence[int], clock: Now, deadline: float
 ) -> tuple[Curve, ...]:
@@ -138,9 +143,9 @@ def time_passes(
     """
     at = len(text) // 2
     shown = (list(text) * (1 + WIDTHS[-1] // len(text)))[: WIDTHS[-1]]
-    tokens = torch.tensor(shown, device=pyramid.device)
-    start = torch.full((), at, device=pyramid.device)
-    rows = torch.arange(tokens.shape[0], device=pyramid.device)
+    tokens = torch.tensor(shown, dtype=torch.int64, device=pyramid.device)
+    start = torch.full((), at, dtype=torch.int64, device=pyramid.device)
+    rows = torch.arange(tokens.shape[0], dtype=torch.int64, device=pyramid.device)
     grid = [[width for width in WIDTHS if width <= _at_least(most)] for most in widest]
     samples: list[dict[int, list[float]]] = [{width: [] for width in widths} for widths in grid]
     burst = CUDA_BURST if pyramid.device.type == "cuda" else 1
@@ -286,13 +291,13 @@ def non_negative_solution(rows: Sequence[Sequence[float]], values: Sequence[floa
     At the minimum some unknowns are 0 and the others solve the problem without bounds (Lawson and Hanson, "Solving
     least squares problems", chapter 23); with so few, every such set is tried.
     """
-    matrix = torch.tensor(rows, dtype=torch.float64)
-    wanted = torch.tensor(values, dtype=torch.float64)
+    matrix = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    wanted = torch.tensor(values, dtype=torch.float64, device="cpu")
     count = matrix.shape[1]
-    best, least = torch.zeros(count, dtype=torch.float64), float(wanted.norm())
+    best, least = torch.zeros_like(matrix[0]), float(wanted.norm())
     for size in range(1, count + 1):
         for chosen in combinations(range(count), size):
-            x = torch.zeros(count, dtype=torch.float64)
+            x = torch.zeros_like(matrix[0])
             x[list(chosen)] = torch.linalg.pinv(matrix[:, list(chosen)]) @ wanted
             error = float((matrix @ x - wanted).norm())
             if bool((x >= 0).all()) and error < least:

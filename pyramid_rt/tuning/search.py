@@ -169,7 +169,7 @@ def tune(
     kept, pyramid.prefix_reuse = pyramid.prefix_reuse, False
     try:
         session = _Session(
-            pyramid, options, clock or device_clock(pyramid.device), on_step or (lambda _: None)
+            pyramid, options, clock or device_clock(pyramid.place), on_step or (lambda _: None)
         )
         return session.run(prompts)
     finally:

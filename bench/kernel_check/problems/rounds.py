@@ -16,8 +16,9 @@ import torch
 
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.model import llama_config, parts, random_llama
-from pyramid_rt.decoding.graphs import Callback, CudaRecorder, Graphs, Recorder
+from pyramid_rt.decoding.graphs import CudaRecorder, Graphs, Recorder
 from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, Stage, processed_tiers
+from pyramid_rt.decoding.place import Callback, CudaPlace
 from pyramid_rt.decoding.recursion import RoundRunner
 from pyramid_rt.decoding.rules import Fuzzy, Match, Rejection, Rule
 from pyramid_rt.decoding.state import RoundPlan, State
@@ -171,7 +172,7 @@ class NativeRound:
         rounds.first_token(torch.tensor([PROMPT - 1], device=device), PROMPT, window, zero)
         step: Callable[[int], None] = rounds.outer_round
         if way == "graph":
-            recorder: Recorder = CudaRecorder(device) if device.type == "cuda" else Again()
+            recorder: Recorder = CudaRecorder(CudaPlace(device)) if device.type == "cuda" else Again()
             names = tuple(tier.name for tier in self.tiers)
             graphs = Graphs(rounds, state, [], plan, self.max_seq, names, recorder)
             step = partial(self._repeat, graphs, rounds)

@@ -9,6 +9,7 @@ import torch
 from helpers.oracle import DEVICE
 
 from pyramid_rt import Fuzzy, Match
+from pyramid_rt.decoding.place import place_for
 from pyramid_rt.decoding.readback import RoundReader
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.kernels.decide import readback as report
@@ -35,7 +36,7 @@ def test_kernel_and_torch_report_the_same(ends: tuple[int, ...]) -> None:
     device = torch.device(DEVICE)
     by_kernels = scrambled(State.for_kernels(PLAN, MAX_SEQ, 11, device), ends[0])
     plain = scrambled(State.allocate(PLAN, MAX_SEQ, 11, device), ends[0])
-    readers = [RoundReader(PLAN, state, 1) for state in (by_kernels, plain)]
+    readers = [RoundReader(PLAN, state, 1, place_for(device)) for state in (by_kernels, plain)]
     for reader in readers:
         reader.restart(ends[0] - 2)
     for end in ends:
@@ -58,7 +59,7 @@ def test_kernel_and_torch_report_the_same(ends: tuple[int, ...]) -> None:
 
 def test_rounds_are_read_in_their_order_and_dropped_together() -> None:
     state = scrambled(State.allocate(PLAN, MAX_SEQ, 11, torch.device(DEVICE)), 5)
-    reader = RoundReader(PLAN, state, 1)
+    reader = RoundReader(PLAN, state, 1, place_for(torch.device(DEVICE)))
     reader.restart(5)
     for end in (7, 10):
         state.end.fill_(end)

@@ -1,0 +1,186 @@
+"""`Place`: the device of a pyramid, with the stream, the lock and the threads that its work runs on.
+
+Whatever touches the device does so inside its place: launches, copies, events, allocations, captures. The application
+may then use streams, devices, threads and modes of its own, and finds them unchanged after a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from pyramid_rt.decoding.neutral import neutral_settings
+from pyramid_rt.decoding.threads import intra_op_threads, wait_briefly
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Callback = Callable[[], None]
+
+
+class Mark(Protocol):
+    """A point in what the device was given to do."""
+
+    def synchronize(self) -> None:
+        """Wait until the device is there."""
+        ...
+
+
+class Place(Protocol):
+    """Where a pyramid computes.
+
+    Attributes:
+        device: of its tensors, with an index where there are several.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def work(self) -> AbstractContextManager[None]:
+        """Everything that touches the device runs inside; one thread at a time, which may enter it again.
+
+        What the caller's stream was given before runs before what is given inside, and what it is given afterwards
+        runs after it. Inside, torch is in inference mode.
+        """
+        ...
+
+    def allocation(self) -> AbstractContextManager[None]:
+        """`work` that takes buffers that are kept: ordinary tensors, which can be written to in any mode."""
+        ...
+
+    def mark(self) -> Mark | None:
+        """A mark after what was given to the device so far; None where the host has done it itself by then."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was given to it here."""
+        ...
+
+    def trim(self) -> None:
+        """Give memory that was freed back to the system."""
+        ...
+
+
+class InPlace(Protocol):
+    """An object whose methods touch the device of its place."""
+
+    @property
+    def place(self) -> Place: ...
+
+
+S = TypeVar("S", bound=InPlace)
+
+
+def inside(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that runs inside `place.work()` of its object."""
+
+    @wraps(method)
+    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.place.work():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class HostPlace:
+    """A CPU: a lock, the threads of an operation, and torch's settings.
+
+    Args:
+        threads: of an operation; None leaves torch's number.
+    """
+
+    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        self.device, self.threads = device, threads
+        self._lock = threading.RLock()
+        self._depth = 0
+        if threads is not None:
+            wait_briefly(threads)
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """See `Place`."""
+        with self._lock:
+            if self._depth:
+                yield
+                return
+            with ExitStack() as stack:
+                self._enter(stack)
+                stack.enter_context(torch.inference_mode())
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+
+    @contextmanager
+    def allocation(self) -> Iterator[None]:
+        """See `Place`."""
+        with self.work(), torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def mark(self) -> Mark | None:
+        """See `Place`."""
+        return None
+
+    def synchronize(self) -> None:
+        """See `Place`."""
+
+    def trim(self) -> None:
+        """See `Place`. The C library keeps freed blocks; GNU's can be told to let them go."""
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def _enter(self, stack: ExitStack) -> None:
+        """What surrounds the outermost entry."""
+        stack.enter_context(neutral_settings(self.device.type))
+        stack.enter_context(intra_op_threads(self.threads))
+
+
+class CudaPlace(HostPlace):
+    """A GPU: besides, the current device and a stream of the pyramid's own.
+
+    The stream has the higher of CUDA's priorities: of two things an application runs on a GPU, this is the one that
+    somebody waits for.
+    """
+
+    def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        super().__init__(torch.device("cuda", index), threads)
+        self.stream = torch.cuda.Stream(self.device, priority=-1)
+
+    def _enter(self, stack: ExitStack) -> None:
+        super()._enter(stack)
+        stack.enter_context(torch.cuda.device(self.device))
+        caller = torch.cuda.current_stream(self.device)
+        if caller != self.stream:
+            self.stream.wait_stream(caller)
+            stack.callback(caller.wait_stream, self.stream)
+            stack.enter_context(torch.cuda.stream(self.stream))
+
+    def mark(self) -> Mark | None:
+        """See `Place`."""
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def synchronize(self) -> None:
+        """See `Place`."""
+        self.stream.synchronize()
+
+    def trim(self) -> None:
+        """See `Place`. torch keeps freed blocks of the device too."""
+        super().trim()
+        with self.work():
+            torch.cuda.empty_cache()
+
+
+def place_for(device: torch.device, threads: int | None = None) -> Place:
+    """The place of a device of this machine."""
+    return CudaPlace(device, threads) if device.type == "cuda" else HostPlace(device, threads)
