@@ -50,9 +50,10 @@ def by_break(rt: Pyramid) -> None:
         break
 
 
-def by_return(rt: Pyramid) -> str | None:
+def by_return(rt: Pyramid) -> str:
     for piece in rt.stream(PROMPT, **OPTIONS):
         return piece
+    return ""
 
 
 def by_exception(rt: Pyramid) -> None:
@@ -107,15 +108,19 @@ async def async_break(rt: Pyramid) -> None:
         break
 
 
-async def async_return(rt: Pyramid) -> str | None:
+async def async_return(rt: Pyramid) -> str:
     async for piece in rt.astream(PROMPT, **OPTIONS):
         return piece
+    return ""
 
 
 async def async_exception(rt: Pyramid) -> None:
-    with pytest.raises(ZeroDivisionError):
+    async def read() -> None:
         async for _ in rt.astream(PROMPT, **OPTIONS):
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await read()
 
 
 async def async_generator_closed(rt: Pyramid) -> None:
@@ -265,10 +270,16 @@ def test_the_stream_holds_neither_pyramid_nor_request_when_it_is_over(tiny_dir: 
 
 
 def test_an_error_of_the_application_comes_through(tiny_dir: Path) -> None:
-    with pytest.raises(ZeroDivisionError), pyramid_rt.load(tiny_dir, device="cpu") as rt:
-        stream = rt.stream(PROMPT, **OPTIONS)
-        for _ in stream:
-            raise ZeroDivisionError
+    rt = pyramid_rt.load(tiny_dir, device="cpu")
+    stream = rt.stream(PROMPT, **OPTIONS)
+
+    def application() -> None:
+        with rt:
+            for _ in stream:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        application()
     with pytest.raises(BusyError, match="closed"):
         rt.generate(PROMPT)
     assert stream.result.finish_reason == "cancelled"

@@ -44,7 +44,7 @@ class BulkBackend(TorchBackend):
 
     def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> BulkWindow:
         """See `Backend`; kv_bound must be start + length."""
-        positions = torch.arange(length, device=start.device).add_(start)
+        positions = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
         return BulkWindow(positions, cos, sin, rotary[:0], kv_bound)
 

@@ -125,7 +125,7 @@ class ModelTier:
     def fill_chunk(self, tokens: Tensor, begin: int) -> int:
         """See `DeviceTier`."""
         end = begin + bulk.CHUNK
-        start = torch.full((), begin, device=self.device)
+        start = torch.full((), begin, dtype=torch.int64, device=self.device)
         model = replace(self.model, backend=bulk.BulkBackend())
         forward(model, self.cache, tokens[begin:end], start, rows=None, kv_bound=end)
         self.bulk = end

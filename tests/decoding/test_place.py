@@ -59,7 +59,7 @@ class Touches(TorchDispatchMode):
     """Notes torch's operations on memory that this thread runs outside a place."""
 
     def __init__(self, place: Callable[[], RecordingPlace | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._place = place
         self.outside: list[str] = []
         self.inside = 0
@@ -179,7 +179,7 @@ def test_a_whole_call_comes_in_once(tiny_dir: Path, made: list[RecordingPlace]) 
     rt.prepare(**OPTIONS)
     outermost: list[int] = []
     enter = made[0]._enter
-    made[0]._enter = lambda stack: (outermost.append(1), enter(stack))[1]  # type: ignore[method-assign]
+    made[0]._enter = lambda stack: (outermost.append(1), enter(stack))[1]  # type: ignore[method-assign, func-returns-value]
     rt.generate(PROMPT, **OPTIONS)
     assert len(outermost) == 1
 
