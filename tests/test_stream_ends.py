@@ -441,8 +441,8 @@ def test_the_last_text_comes_before_the_device_is_waited_for(
     from pyramid_rt import running
 
     flush, close = running.Run.flush, running.Run.close
-    monkeypatch.setattr(running.Run, "flush", lambda run: (order.append("flush"), flush(run))[1])
-    monkeypatch.setattr(running.Run, "close", lambda run: (order.append("close"), close(run))[1])
+    monkeypatch.setattr(running.Run, "flush", lambda run: (order.append("flush"), flush(run))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(running.Run, "close", lambda run: (order.append("close"), close(run))[1])  # type: ignore[func-returns-value]
     # A stop string that never comes keeps the last characters back.
     text = tiny.generate(PROMPT, **SHORT).text
     order.clear()

@@ -91,7 +91,7 @@ def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(tiny_
                 inside.append(torch.get_num_threads())
                 return forward(*args)
 
-            rt.tiers[-1].forward = spy  # type: ignore[method-assign]
+            rt.tiers[-1].forward = spy  # type: ignore[method-assign, assignment]
             for _ in rt.stream(PROMPT, max_new_tokens=8, ignore_eos=True):
                 assert torch.get_num_threads() == before + 1
             assert set(inside) == {1}
