@@ -69,12 +69,12 @@ class TuneOptions:
             "max_new_tokens": checks.whole("max_new_tokens", self.max_new_tokens),
             "repeats": checks.whole("repeats", self.repeats),
             "budget": checks.number("budget", self.budget, infinite=True),
-            "common": checks.instance("common", self.common, Mapping, "options by their names"),
             "lossy": checks.flag("lossy", self.lossy),
             "max_differs": checks.number("max_differs", self.max_differs, infinite=True),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        _check("common", self.common, "options by their names", isinstance(self.common, Mapping))
         _check("max_new_tokens", self.max_new_tokens, ">= 2", self.max_new_tokens >= 2)
         _check("repeats", self.repeats, ">= 1", self.repeats >= 1)
         _check("budget", self.budget, "> 0 and finite", 0 < self.budget < math.inf)
