@@ -127,10 +127,15 @@ def sequence(name: str, value: Any, of: str) -> list[Any]:
     if getattr(value, "ndim", 1) == 1 and not isinstance(
         value, str | bytes | bytearray | memoryview | Mapping | Set
     ):
-        if hasattr(value, "tolist"):
-            return list(value.tolist())
-        if hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__"):
-            return list(value)
+        # Looked for in the classes themselves: those of an enum's member have a metaclass with a length.
+        methods = {name for base in type(value).__mro__ for name in vars(base)}
+        try:
+            if "tolist" in methods:
+                return list(value.tolist())
+            if {"__len__", "__getitem__"} <= methods:
+                return list(value)
+        except Exception:
+            pass
     raise InputError(f"{name} must be a list of {of}, found {shown(value)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import http
 import math
 import pickle
 from typing import Any
@@ -33,6 +34,7 @@ def named(value: object) -> str | None:
         ("min_p", 1.1), ("seed", -1), ("seed", 2**64),
         ("stop", ""), ("stop", b"text"), ("stop", {"text"}), ("stop", [""]), ("stop", [3]),
         ("stop_token_ids", 3), ("stop_token_ids", [-1]), ("ignore_eos", 1), ("ignore_eos", "yes"), ("logprobs", -1),
+        ("stop_token_ids", http.HTTPStatus.OK), ("stop_token_ids", torch.empty(3, device="meta")),
         # What the device's types cannot hold: float32, int64.
         ("temperature", 1e39), ("temperature", 10**400), ("qualifier_threshold", 1e39), ("top_p", 1e-50),
         ("target_threshold", 10**400), ("top_k", 2**63), ("max_new_tokens", 2**63), ("logprobs", HUGE),

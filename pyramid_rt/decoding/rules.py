@@ -227,11 +227,11 @@ class Fuzzy:
         if checks.FLOAT32_MAX < threshold < math.inf:
             raise InputError(f"threshold must be a number >= 0 that float32 can hold, found {threshold!r}")
         object.__setattr__(self, "threshold", threshold)
-        if self.divergence not in ops.DIVERGENCES:
-            known = ", ".join(ops.DIVERGENCES)
-            raise InputError(f"unknown divergence {self.divergence!r}; expected one of {known}")
-        if self.divergence_on not in ("raw", "processed"):
-            raise InputError(f"divergence_on must be 'raw' or 'processed', found {self.divergence_on!r}")
+        object.__setattr__(self, "or_match", checks.flag("or_match", self.or_match))
+        divergence = checks.choice("divergence", self.divergence, ops.DIVERGENCES)
+        object.__setattr__(self, "divergence", divergence)
+        divergence_on = checks.choice("divergence_on", self.divergence_on, ("raw", "processed"))
+        object.__setattr__(self, "divergence_on", divergence_on)
 
     def judge(self, evidence: Evidence) -> Verdict:
         if self.divergence_on == "raw":

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from pyramid_rt import checks
 from pyramid_rt.decoding.methods import TIERS_NEEDED, tiers_of
 from pyramid_rt.decoding.proposers import ProposerTier
 from pyramid_rt.decoding.state import RoundPlan
@@ -64,6 +65,16 @@ class TuneOptions:
     max_differs: float = 0.1
 
     def __post_init__(self) -> None:
+        checked = {
+            "max_new_tokens": checks.whole("max_new_tokens", self.max_new_tokens),
+            "repeats": checks.whole("repeats", self.repeats),
+            "budget": checks.number("budget", self.budget, infinite=True),
+            "lossy": checks.flag("lossy", self.lossy),
+            "max_differs": checks.number("max_differs", self.max_differs, infinite=True),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        _check("common", self.common, "options by their names", isinstance(self.common, Mapping))
         _check("max_new_tokens", self.max_new_tokens, ">= 2", self.max_new_tokens >= 2)
         _check("repeats", self.repeats, ">= 1", self.repeats >= 1)
         _check("budget", self.budget, "> 0 and finite", 0 < self.budget < math.inf)
@@ -475,4 +486,4 @@ def choose(rows: Sequence[Row], max_differs: float) -> Row:
 
 def _check(name: str, value: object, expected: str, valid: bool) -> None:
     if not valid:
-        raise InputError(f"{name} must be {expected}, found {value!r}")
+        raise InputError(f"{name} must be {expected}, found {checks.shown(value)}")
