@@ -19,7 +19,9 @@ def test_the_first_difference_is_named() -> None:
     left = torch.zeros(2, 3)
     right = left.clone()
     right[1, 0], right[1, 2] = 0.5, -1.0
-    with pytest.raises(AssertionError, match=r"^rows: 2 of 6 elements differ, first at \[1, 0\]: 0.0 and 0.5$"):
+    with pytest.raises(
+        AssertionError, match=r"^rows: 2 of 6 elements differ, first at \[1, 0\]: 0.0 and 0.5$"
+    ):
         assert_equal_tensors(left, right, "rows")
     with pytest.raises(AssertionError, match=r"^1 of 1 elements differ, first at \[\]: 1 and 2$"):
         assert_equal_tensors(torch.tensor(1), torch.tensor(2))
