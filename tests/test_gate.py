@@ -7,7 +7,7 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -311,7 +311,7 @@ def test_what_others_hold_is_held_elsewhere() -> None:
     KEPT.clear()
     assert not held_elsewhere(thing)
 
-    def generator(kept: object) -> Iterator[int]:
+    def generator(kept: object) -> Generator[int, None, None]:
         yield 1
         yield 2
         assert kept

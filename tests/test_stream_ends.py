@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pyramid_rt
-from pyramid_rt import BusyError, GenerationResult, InputError, Pyramid
+from pyramid_rt import BusyError, GenerationResult, InputError, Pyramid, running
 from pyramid_rt.streaming import Stream
 
 PROMPT = "for i in range("
@@ -438,11 +438,18 @@ def test_the_last_text_comes_before_the_device_is_waited_for(
     tiny: Pyramid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    from pyramid_rt import running
 
-    flush, close = running.Run.flush, running.Run.close
-    monkeypatch.setattr(running.Run, "flush", lambda run: (order.append("flush"), flush(run))[1])  # type: ignore[func-returns-value]
-    monkeypatch.setattr(running.Run, "close", lambda run: (order.append("close"), close(run))[1])  # type: ignore[func-returns-value]
+    def noted(name: str) -> Callable[[running.Run], Any]:
+        method = getattr(running.Run, name)
+
+        def run(self: running.Run) -> Any:
+            order.append(name)
+            return method(self)
+
+        return run
+
+    monkeypatch.setattr(running.Run, "flush", noted("flush"))
+    monkeypatch.setattr(running.Run, "close", noted("close"))
     # A stop string that never comes keeps the last characters back.
     text = tiny.generate(PROMPT, **SHORT).text
     order.clear()

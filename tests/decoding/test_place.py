@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +173,20 @@ def test_asyncio_works_in_the_place_of_the_pyramid_in_another_thread(
     assert threading.get_ident() not in {ident for _, ident in made[0].entries}
 
 
-def test_a_whole_call_comes_in_once(tiny_dir: Path, made: list[RecordingPlace]) -> None:
+def test_a_whole_call_comes_in_once(
+    tiny_dir: Path, made: list[RecordingPlace], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What surrounds an entry (streams, threads, settings) is then paid for once a call, not once a round."""
     rt = pyramid_rt.load(tiny_dir, device="cpu")
     rt.prepare(**OPTIONS)
     outermost: list[int] = []
     enter = made[0]._enter
-    made[0]._enter = lambda stack: (outermost.append(1), enter(stack))[1]  # type: ignore[method-assign, func-returns-value]
+
+    def entered(stack: ExitStack) -> None:
+        outermost.append(1)
+        enter(stack)
+
+    monkeypatch.setattr(made[0], "_enter", entered)
     rt.generate(PROMPT, **OPTIONS)
     assert len(outermost) == 1
 

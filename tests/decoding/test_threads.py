@@ -79,7 +79,9 @@ def test_the_number_holds_inside_and_in_this_thread_alone(
     assert torch.get_num_threads() == before
 
 
-def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(tiny_dir: Path) -> None:
+def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
@@ -91,7 +93,7 @@ def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(tiny_
                 inside.append(torch.get_num_threads())
                 return forward(*args)
 
-            rt.tiers[-1].forward = spy  # type: ignore[method-assign, assignment]
+            monkeypatch.setattr(rt.tiers[-1], "forward", spy)
             for _ in rt.stream(PROMPT, max_new_tokens=8, ignore_eos=True):
                 assert torch.get_num_threads() == before + 1
             assert set(inside) == {1}
