@@ -152,8 +152,8 @@ def test_mypy_finds_the_package_from_a_user_project(kind: str, tree: Path, tmp_p
     user.mkdir()
     (user / "app.py").write_text(
         "import pyramid_rt\nfrom pyramid_rt.kernels.launch import Launch\n"
-        "from pyramid_rt.models.config import LlamaConfig\n"
-        "reveal_type(pyramid_rt.load)\nreveal_type(LlamaConfig.from_hf)\nreveal_type(Launch.__init__)\n"
+        "from pyramid_rt.models.families import read_config\n"
+        "reveal_type(pyramid_rt.load)\nreveal_type(read_config)\nreveal_type(Launch.__init__)\n"
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run(

@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.loading.json_files import kind_of, parse_object, read_bytes
+from pyramid_rt.json_files import kind_of, parse_object, read_bytes
 from pyramid_rt.text.chat import ChatTemplate, check_messages
 
 TOKENIZER_FILE = "tokenizer.json"
