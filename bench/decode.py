@@ -98,7 +98,7 @@ def started(pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[int]) ->
     """A generation whose prompt and first round are done, and what runs it."""
     params, _, tiers, rules = pyramid._chosen(options)
     engine = pyramid._engine(tiers, pyramid.make_plan(params, rules))
-    thresholds = [getattr(rule, "threshold", 0.0) for rule in rules]
+    thresholds = [rule.threshold for rule in rules]
     generation = Generation(engine, thresholds, params, 1, prompt, [], reuse=False)
     generation.start()
     generation.advance()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MemoryPlanError,
         NonFiniteLogitsError,
         PyramidError,
+        TokenizerError,
         UnsupportedModelError,
         WeightsError,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "Stream",
     "TierStats",
     "TokenLogprobs",
+    "TokenizerError",
     "UnsupportedModelError",
     "WeightsError",
     "demo_weights",
@@ -68,6 +70,7 @@ _EXPORTS = {
         "MemoryPlanError",
         "NonFiniteLogitsError",
         "PyramidError",
+        "TokenizerError",
         "UnsupportedModelError",
         "WeightsError",
     ),

@@ -20,6 +20,10 @@ class WeightsError(PyramidError):
     """A weights directory, or a file in it, is missing, damaged or contradicts itself."""
 
 
+class TokenizerError(WeightsError):
+    """The tokenizers library failed with a model's tokenizer: at its file, or at a text or ids given to it later."""
+
+
 class UnsupportedModelError(WeightsError):
     """The model is of a kind that this runtime does not decode; the message names the config entry."""
 

@@ -39,6 +39,9 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    add_special_tokens: bool | None
+    continue_final_message: bool | None
+    heal: bool
 
 
 # Names that other libraries use for what is called otherwise here.
@@ -117,6 +120,12 @@ class SamplingParams:
         stop_token_ids: ids that end the text as end-of-sequence does.
         ignore_eos: decode past the model's own end-of-sequence tokens.
         logprobs: report the target's log-probability of each token and this many most likely ones.
+        add_special_tokens: True: a text gets what the tokenizer adds (as a BOS), a rendered chat too. False: nothing
+            is added. None: a text gets it unless it begins with it already, and a chat does not.
+        continue_final_message: True: the model goes on with a chat's last message. False: it answers it. None: it
+            goes on with the last message where that is the assistant's.
+        heal: take back the prompt's last token and let the new text begin with its characters, cut into tokens as
+            the model likes it best; see "Prompts and text" in docs/options.md.
     """
 
     max_new_tokens: int = 256
@@ -139,6 +148,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    continue_final_message: bool | None = None
+    heal: bool = False
 
     given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
@@ -172,6 +184,11 @@ class SamplingParams:
     def with_seed(self) -> int:
         """The seed, drawn now where none was given."""
         return secrets.randbits(64) if self.seed is None else self.seed
+
+    @property
+    def filters(self) -> bool:
+        """Whether top-k, top-p or min-p is on."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property
     def rule_options(self) -> RuleOptions:
@@ -292,4 +309,7 @@ _CHECKS: dict[str, _Check] = {
     "stop_token_ids": _integers(0),
     "ignore_eos": checks.flag,
     "logprobs": _or_none(_integer(0)),
+    "add_special_tokens": _or_none(checks.flag),
+    "continue_final_message": _or_none(checks.flag),
+    "heal": checks.flag,
 }

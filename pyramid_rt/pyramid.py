@@ -7,16 +7,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Unpack
 
 import torch
 
-from pyramid_rt import checks
 from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
-from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.proposers import Proposer, check_proposer, with_proposer
+from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError, NonFiniteLogitsError
@@ -27,6 +28,8 @@ from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
 from pyramid_rt.stats import Timing, summarise
 from pyramid_rt.streaming import AsyncStream, Gate, Stream, Work
 from pyramid_rt.text.detokenizer import TextAssembler
+from pyramid_rt.text.encoding import encode_prompt, split_stops, token_ids
+from pyramid_rt.text.healing import Pieces, Prefix, pieces_of, take_back
 from pyramid_rt.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -37,7 +40,7 @@ _ENGINES_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A checked call."""
+    """A checked call; `stops` are looked for in the text, `stop_ids` in the tokens."""
 
     params: SamplingParams
     method: str
@@ -45,6 +48,9 @@ class _Request:
     plan: RoundPlan
     prompt: list[int]
     seed: int
+    stops: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    prefix: Prefix | None
 
 
 class Pyramid:
@@ -54,7 +60,7 @@ class Pyramid:
     pair (lowest stage first); without rules the named methods apply.
 
     Args:
-        tiers: one or more, the target last.
+        tiers: one or more, the target last. Below others the first may be a `Proposer`.
         rules: len(tiers) - 1 rules, or None.
         tokenizer: needed for string prompts, chats, text and stop strings.
         eos_token_ids: ids that end a sequence.
@@ -75,7 +81,7 @@ class Pyramid:
 
     def __init__(
         self,
-        tiers: Sequence[Tier],
+        tiers: Sequence[Tier | Proposer],
         rules: Sequence[Rule] | None = None,
         *,
         tokenizer: Tokenizer | None = None,
@@ -99,12 +105,12 @@ class Pyramid:
             )
         if control not in (None, "host", "device"):
             raise InputError(f"control must be 'host' or 'device', found {control!r}")
-        self.tiers: tuple[Tier, ...] = tuple(tiers)
+        self.tiers: tuple[Tier, ...] = with_proposer(tiers)
         self.rules = None if rules is None else tuple(rules)
         self.tokenizer, self.memory_plan = tokenizer, plan
-        self.device = tiers[-1].device
+        self.device = self.tiers[-1].device
         self.control = control or ("host" if self.device.type == "cpu" else "device")
-        self.vocab_size = vocab_size or min(tier.vocab_size for tier in tiers)
+        self.vocab_size = vocab_size or min(tier.vocab_size for tier in self.tiers)
         self.eos_token_ids = tuple(eos_token_ids)
         self.defaults = dict(defaults or {})
         SamplingParams.build({}, self.defaults)
@@ -269,70 +275,69 @@ class Pyramid:
         method = params.method or self.default_method
         if method == CHAIN:
             assert self.rules is not None
-            return params, method, self.tiers, self.rules
-        tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
-        return params, method, tiers, rules_of(method, params.rule_options)
+            tiers, rules = self.tiers, self.rules
+        else:
+            tiers = tuple(self.tiers[index] for index in tiers_of(method, len(self.tiers)))
+            rules = rules_of(method, params.rule_options)
+        check_proposer(tiers, rules)
+        return params, method, tiers, rules
 
     def _request(self, prompt: Prompt, options: Mapping[str, Any]) -> _Request:
         params, method, tiers, rules = self._chosen(options)
-        if params.stop and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this pyramid has none")
-        for token in params.stop_token_ids:
-            self._check_token("stop_token_ids", token)
-        ids = self._encode(prompt)
-        return _Request(params, method, tiers, self.make_plan(params, rules), ids, params.with_seed())
+        given = token_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
+        stops, special = split_stops(params.stop, self.tokenizer)
+        ended_by = () if params.ignore_eos else self.eos_token_ids
+        # A special token past the vocabulary is one that no model gives.
+        stop_ids = {*given, *ended_by, *(index for index in special if index < self.vocab_size)}
+        ids, prefix = self._encode(prompt, params)
+        plan = self.make_plan(params, rules)
+        return _Request(
+            params,
+            method,
+            tiers,
+            plan,
+            ids,
+            params.with_seed(),
+            tuple(stops),
+            tuple(sorted(stop_ids)),
+            prefix,
+        )
 
     def make_plan(self, params: SamplingParams, rules: Sequence[Rule]) -> RoundPlan:
         """The static shape of a round for these options. Raises InputError, as for a window over 64."""
         return build_plan(params, tuple(rules), host_control=self.control == "host")
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """Prompt to checked token ids."""
-        if isinstance(prompt, str):
-            ids = self._tokenizer_for("a string prompt").encode(prompt)
-        else:
-            entries = _entries(prompt)
-            if entries and isinstance(entries[0], Mapping):
-                messages = [self._check_message(message) for message in entries]
-                ids = self._tokenizer_for("a chat prompt").encode_chat(messages)
-            else:
-                ids = [self._check_token("prompt", token) for token in entries]
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], Prefix | None]:
+        """Prompt to checked token ids, and what the new text must begin with where its last token is taken back."""
+        encoded = encode_prompt(
+            prompt,
+            self.tokenizer,
+            self.vocab_size,
+            add_special_tokens=params.add_special_tokens,
+            continue_final_message=params.continue_final_message,
+        )
+        ids, prefix = encoded.ids, None
         if not ids:
             raise InputError("the prompt is empty: it has no tokens")
+        if params.heal and encoded.open_end:
+            ids, prefix = take_back(ids, self.tokenizer, self._pieces)
         if len(ids) >= self.max_seq:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and the context {self.max_seq} (max_seq); "
                 "at least one position must be left"
             )
-        return ids
+        return ids, prefix
 
-    def _tokenizer_for(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError(f"{what} needs a tokenizer, and this pyramid has none")
-        return self.tokenizer
-
-    @staticmethod
-    def _check_message(message: object) -> Mapping[str, Any]:
-        if not isinstance(message, Mapping):
-            raise InputError(f"a chat is a list of messages, found {checks.shown(message)} in it")
-        return message
-
-    def _check_token(self, name: str, token: object) -> int:
-        try:
-            index = checks.whole(name, token)
-        except InputError:
-            raise InputError(f"{name} must hold token ids (integers), found {checks.shown(token)}") from None
-        if not 0 <= index < self.vocab_size:
-            raise InputError(f"{name}: token id {index} is out of range 0..{self.vocab_size - 1}")
-        return index
+    @cached_property
+    def _pieces(self) -> Pieces:
+        """What healing searches; made at its first use."""
+        return pieces_of(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     # Decoding
 
     def _engine(self, tiers: tuple[Tier, ...], plan: RoundPlan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
-        rules = tuple(
-            replace(rule, threshold=0.0) if isinstance(rule, Fuzzy) else rule for rule in plan.rules
-        )
+        rules = tuple(rule.captured() for rule in plan.rules)
         names = tuple(tier.name for tier in tiers)
         if by_kernels(tiers, plan):
             plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
@@ -358,9 +363,7 @@ class Pyramid:
 
     def _work(self, request: _Request, cancelled: Callable[[], bool]) -> Work:
         """Decode, yielding text; the generator's return value is the result."""
-        params = request.params
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)}
-        run = _Run(self, request, sorted(stop_ids))
+        run = _Run(self, request)
         try:
             while not run.over and not cancelled():
                 piece = run.step()
@@ -383,21 +386,28 @@ class Pyramid:
 class _Run:
     """Host side of one generation: tokens and text so far, and the time spent."""
 
-    def __init__(self, pyramid: Pyramid, request: _Request, stop_ids: Sequence[int]) -> None:
+    def __init__(self, pyramid: Pyramid, request: _Request) -> None:
         begin = time.perf_counter()
         self._request = request
-        params = request.params
+        self._tokenizer = pyramid.tokenizer
         self._generation = Generation(
             pyramid._engine(request.tiers, request.plan),
-            [getattr(rule, "threshold", 0.0) for rule in request.plan.rules],
-            params,
+            [rule.threshold for rule in request.plan.rules],
+            request.params,
             request.seed,
             request.prompt,
-            stop_ids,
+            request.stop_ids,
             reuse=pyramid.prefix_reuse,
+            constraint=request.prefix,
         )
         self._text = (
-            TextAssembler(pyramid.tokenizer, params.stop, frozenset(stop_ids), request.prompt)
+            TextAssembler(
+                pyramid.tokenizer,
+                request.stops,
+                frozenset(request.stop_ids),
+                request.prompt,
+                skip=request.prefix.rest if request.prefix is not None else b"",
+            )
             if pyramid.tokenizer is not None
             else None
         )
@@ -418,7 +428,7 @@ class _Run:
         commit = self._generation.advance() if self._started else self._generation.start()
         self._started = True
         self.tokens += commit.tokens
-        self._logprobs += commit.logprobs
+        self._logprobs += [self._spelt(entry) for entry in commit.logprobs]
         piece = ""
         if self._text is not None:
             piece = self._text.push(commit.tokens)
@@ -429,6 +439,13 @@ class _Run:
         if self._first is None:
             self._first = self._busy
         return piece
+
+    def _spelt(self, entry: TokenLogprobs) -> TokenLogprobs:
+        """The same with the texts of its tokens."""
+        if self._tokenizer is None:
+            return entry
+        texts = tuple(self._tokenizer.token_text(index) for index, _ in entry.top)
+        return replace(entry, text=self._tokenizer.token_text(entry.token), top_texts=texts)
 
     def close(self) -> None:
         """Nothing more is wanted of the device."""
@@ -466,21 +483,6 @@ class _Run:
         )
 
 
-def _entries(prompt: Prompt) -> list[Any]:
-    """What stands in a prompt that is no string: token ids or messages, unchecked. Raises InputError."""
-    if isinstance(prompt, Mapping):
-        raise InputError(
-            f"a chat prompt is a list of messages, also of one: [message]; found {checks.shown(prompt)}"
-        )
-    try:
-        return checks.sequence("prompt", prompt, "token ids or of messages")
-    except InputError:
-        raise InputError(
-            "prompt must be a string, a list of token ids, or a list of chat messages "
-            f"({{'role': ..., 'content': ...}}), found {checks.shown(prompt)}"
-        ) from None
-
-
 def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> RoundPlan:
     """The plan of a chain of rules: its lengths, and how many inner rounds make an outer one.
 
@@ -503,6 +505,6 @@ def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control:
         inner_rounds=inner_rounds,
         host_control=host_control,
         sampled=params.temperature > 0,
-        filters=params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0),
+        filters=params.filters,
         logprobs=params.logprobs,
     )

@@ -18,11 +18,15 @@ class TokenLogprobs:
         token: the committed id.
         logprob: its natural-log probability.
         top: the most likely ids with their log-probabilities, most likely first.
+        text: what the token stands for, parts of characters as U+FFFD; empty without a tokenizer.
+        top_texts: the same for each of `top`.
     """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    text: str = ""
+    top_texts: tuple[str, ...] = ()
 
 
 _SHOWN = 40  # characters of the text in `repr`

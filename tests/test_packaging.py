@@ -1,4 +1,4 @@
-"""What an install would carry: packages, data, links and names."""
+"""The contents of an install: packages, data, links and names."""
 
 from __future__ import annotations
 
@@ -145,15 +145,15 @@ def install(wheel_file: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_mypy_finds_the_package_from_a_user_project(kind: str, tree: Path, tmp_path: Path) -> None:
-    """What a user's type checker sees: the signatures, from every room of the package."""
+    """A user's type checker sees the signatures, from every room of the package."""
     pytest.importorskip("mypy")
     python = install(build(tree, kind, tmp_path / "wheel"), tmp_path / "venv")
     user = tmp_path / "user"
     user.mkdir()
     (user / "app.py").write_text(
         "import pyramid_rt\nfrom pyramid_rt.kernels.launch import Launch\n"
-        "from pyramid_rt.models.families import read_config\n"
-        "reveal_type(pyramid_rt.load)\nreveal_type(read_config)\nreveal_type(Launch.__init__)\n"
+        "from pyramid_rt.models.config import LlamaConfig\n"
+        "reveal_type(pyramid_rt.load)\nreveal_type(LlamaConfig.__init__)\nreveal_type(Launch.__init__)\n"
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run(

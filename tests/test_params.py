@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,12 +45,12 @@ def named(value: object) -> str | None:
     ],
     ids=named,
 )  # fmt: skip
-def test_bad_values_are_named(name, value):
+def test_bad_values_are_named(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):
         SamplingParams.build({name: value})
 
 
-def test_unknown_names_get_a_hint():
+def test_unknown_names_get_a_hint() -> None:
     with pytest.raises(InputError, match="'max_tokens'; did you mean 'max_new_tokens'"):
         SamplingParams.build({"max_tokens": 3})
     with pytest.raises(InputError, match="known are"):
@@ -71,23 +72,23 @@ def test_unknown_names_get_a_hint():
         ("typical_p", "top_k, top_p and min_p"), ("threshold", "qualifier_threshold and target_threshold"),
     ],
 )  # fmt: skip
-def test_names_of_other_libraries_get_the_right_hint(name, words):
+def test_names_of_other_libraries_get_the_right_hint(name: str, words: str) -> None:
     with pytest.raises(InputError, match=f"unknown option '{name}'; .*{words}"):
         SamplingParams.build({name: 1})
 
 
-def test_options_over_defaults():
+def test_options_over_defaults() -> None:
     params = SamplingParams.build({"draft_length": 2}, {"draft_length": 7, "top_p": 0.5})
     assert (params.draft_length, params.top_p, params.qualifier_length) == (2, 0.5, 10)
 
 
-def test_numbers_of_other_libraries_are_numbers():
+def test_numbers_of_other_libraries_are_numbers() -> None:
     params = SamplingParams.build({"max_new_tokens": np.int32(5), "temperature": np.float32(0.5), "top_p": 1})
     assert (params.max_new_tokens, params.temperature, params.top_p) == (5, 0.5, 1.0)
     assert type(params.max_new_tokens) is int
 
 
-def test_seeds_are_drawn_when_none_is_given():
+def test_seeds_are_drawn_when_none_is_given() -> None:
     params = SamplingParams.build({})
     assert params.with_seed() != params.with_seed()
     assert SamplingParams.build({"seed": 9}).with_seed() == 9
@@ -97,19 +98,21 @@ class Way(str, enum.Enum):  # noqa: UP042 (StrEnum's str() is the value, and hid
     FAST = "sd"
 
 
-def test_values_count_by_what_they_equal():
-    params = SamplingParams(
-        method=Way.FAST,
-        temperature=torch.tensor(0.5),
-        ignore_eos=np.bool_(True),
-        stop_token_ids=np.array([3, 4]),
+def test_values_count_by_what_they_equal() -> None:
+    params = SamplingParams.build(
+        {
+            "method": Way.FAST,
+            "temperature": torch.tensor(0.5),
+            "ignore_eos": np.bool_(True),
+            "stop_token_ids": np.array([3, 4]),
+        }
     )
     assert (params.method, params.temperature, params.ignore_eos) == ("sd", 0.5, True)
     assert params.stop_token_ids == (3, 4)
     assert type(params.method) is str
 
 
-def test_the_largest_values_of_the_device_types_are_accepted():
+def test_the_largest_values_of_the_device_types_are_accepted() -> None:
     most = float(np.finfo(np.float32).max)
     params = SamplingParams(
         temperature=most, qualifier_threshold=math.inf, target_threshold=most, top_k=2**63 - 1
@@ -120,7 +123,8 @@ def test_the_largest_values_of_the_device_types_are_accepted():
 @pytest.mark.parametrize("temperature", [0.0, -0.0, 5e-324, 1e-45, 1e-20, LEAST_TEMPERATURE / 2])
 def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float, tiny: Pyramid) -> None:
     assert SamplingParams(temperature=temperature).temperature == 0.0
-    prompt, short = [5, 6, 7], {"max_new_tokens": 6, "ignore_eos": True}
+    prompt = [5, 6, 7]
+    short: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
     greedy = tiny.generate(prompt, method="ar", **short).tokens
     for method in ("ar", "sd", "psd"):
         assert tiny.generate(prompt, method=method, temperature=temperature, seed=1, **short).tokens == greedy
@@ -133,18 +137,18 @@ def test_the_least_temperature_divides_and_decides_as_greedy_does(tiny: Pyramid)
 
 
 def test_the_hottest_sample_is_still_a_sample(tiny: Pyramid) -> None:
-    hot = {"temperature": 3e38, "max_new_tokens": 8, "ignore_eos": True}
+    hot: dict[str, Any] = {"temperature": 3e38, "max_new_tokens": 8, "ignore_eos": True}
     drawn = [tiny.generate([5, 6, 7], seed=seed, **hot).tokens for seed in (1, 2)]
     assert drawn[0] != drawn[1]
 
 
-def test_stop_may_be_one_string():
+def test_stop_may_be_one_string() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=()).stop == ()
 
 
-def test_params_know_what_was_given():
+def test_params_know_what_was_given() -> None:
     params = SamplingParams(draft_length=4, stop="x")
     assert params.options() == {"draft_length": 4, "stop": ("x",)}
     assert params == SamplingParams(stop=["x"])

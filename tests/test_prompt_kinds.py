@@ -41,7 +41,7 @@ def test_one_message_without_its_list_is_told_so(tiny: Pyramid) -> None:
     with pytest.raises(InputError, match=r"list of messages, also of one: \[message\]"):
         tiny.generate(MESSAGE, max_new_tokens=1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a chat is a list of messages, found 5"):
-        tiny.generate([MESSAGE, 5], max_new_tokens=1)  # type: ignore[list-item]
+        tiny.generate([MESSAGE, 5], max_new_tokens=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

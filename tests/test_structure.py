@@ -1,4 +1,4 @@
-"""How the tree hangs together: no circle of imports, one direction between its rooms, rooms of a readable size."""
+"""The structure of the tree: no circle of imports, one direction between its rooms, rooms of a readable size."""
 
 from __future__ import annotations
 

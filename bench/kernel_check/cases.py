@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.kernel_check.problems.base import Case, Embed, GateUp, Place, Problem, Project, Qkv
+from bench.kernel_check.problems.base import Case, Place, Problem
 from bench.kernel_check.problems.cache import Attention, Compact
 from bench.kernel_check.problems.decision import CUTS, MODES, Draw, Report, Verify
 from bench.kernel_check.problems.head import Head
+from bench.kernel_check.problems.products import Embed, GateUp, Project, Qkv
 from pyramid_rt.kernels.decide.decision import RULES
 from pyramid_rt.kernels.reference.sampling import DIVERGENCES
 from pyramid_rt.models.shapes import SHAPES, Shape

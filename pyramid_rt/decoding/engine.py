@@ -40,8 +40,12 @@ class WindowRoundRunner(RoundRunner, Protocol):
 
 
 def by_kernels(tiers: Sequence[Tier], plan: RoundPlan) -> bool:
-    """Whether rounds of these tiers run from a list of launches: under device control, where every tier can."""
-    return not plan.host_control and all(getattr(tier, "device_rounds", False) for tier in tiers)
+    """Whether rounds run from a list of launches: under device control, where every tier and every rule can."""
+    return (
+        not plan.host_control
+        and all(getattr(tier, "device_rounds", False) for tier in tiers)
+        and all(rule.kernel_name is not None for rule in plan.rules)
+    )
 
 
 def rounds_for(

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.engine import Engine
+from pyramid_rt.decoding.healing import Constraint, draw
 from pyramid_rt.decoding.readback import Snapshot
 from pyramid_rt.decoding.tiers import PromptTier, shared_prefix
 from pyramid_rt.errors import NonFiniteLogitsError
@@ -38,6 +40,7 @@ class Generation:
         prompt: 1 to max_seq - 1 token ids.
         stop_ids: ids that end the sequence.
         reuse: take what the tiers' caches hold of the prompt already.
+        constraint: on the first tokens, which the target then draws alone; see `healing`.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class Generation:
         stop_ids: Sequence[int],
         *,
         reuse: bool = True,
+        constraint: Constraint | None = None,
     ) -> None:
         self._engine, self._tiers, self._plan, self._state = engine, engine.tiers, engine.plan, engine.state
-        self._reuse = reuse
+        self._reuse, self._constraint, self._stop_ids = reuse, constraint, frozenset(stop_ids)
+        self._filters = params.filters
         self._prompt = list(prompt)
         self._tokens = list(prompt)
         self._context = min(tier.max_seq for tier in self._tiers)
@@ -68,7 +73,10 @@ class Generation:
 
     @torch.inference_mode()
     def start(self) -> Commit:
-        """Process the prompt in the target, which gives the first token; the lower tiers follow later."""
+        """Process the prompt in the target, which gives the first token; the lower tiers follow later.
+
+        Under a constraint: the tokens that it covers.
+        """
         for tier in self._tiers:
             if isinstance(tier, PromptTier):
                 tier.begin(len(self._prompt))
@@ -77,19 +85,49 @@ class Generation:
         chunk = self._engine.chunk
         begin = max(self.reused, (end - 1) // chunk * chunk)
         self._prefill(target, self.reused, begin)
-        self._engine.first_token(begin, end)
-        self._filled[target] = True
-        self._clock.restart()
-        return self._read()
+        return self._first_token(begin) if self._constraint is None else self._draw(self._constraint, begin)
 
     @torch.inference_mode()
     def advance(self) -> Commit:
         """The tokens of the next outer round."""
+        if not self._filled[
+            -1
+        ]:  # the tokens under the constraint are there, and the target has not seen the last
+            return self._first_token(len(self._prompt) - 1)
         self._fill_lower_tiers()
         engine = self._engine
         while engine.unread <= engine.ahead and (engine.unread == 0 or self._goes_on()):
             engine.launch(self._furthest())
         return self._read()
+
+    def _first_token(self, begin: int) -> Commit:
+        """The target's own token after the prompt, of which its cache holds what lies before `begin`."""
+        self._engine.first_token(begin, len(self._prompt))
+        self._filled[-1] = True
+        self._clock.restart()
+        return self._read()
+
+    def _draw(self, constraint: Constraint, begin: int) -> Commit:
+        """The tokens under the constraint. What follows takes them for the end of the prompt."""
+        state, end = self._state, len(self._prompt)
+        drawn = draw(
+            self._tiers[-1],
+            state,
+            constraint,
+            self._prompt,
+            begin,
+            self._limit,
+            self._stop_ids,
+            filters=self._filters,
+        )
+        self._prompt += drawn.tokens
+        self._tokens += drawn.tokens
+        state.tokens[end : len(self._prompt)].copy_(torch.tensor(drawn.tokens, device=state.tokens.device))
+        state.end.fill_(len(self._prompt))
+        self._engine.restart(len(self._prompt), self._clock)
+        self.stopped = bool(self._stop_ids.intersection(drawn.tokens[-1:]))
+        self.finished = self.stopped or len(self._prompt) >= self._limit
+        return Commit(drawn.tokens, self._logprobs(drawn.tokens, drawn.rows))
 
     def close(self) -> None:
         """Note what the caches hold for the next call, once the device has finished what it was given."""
@@ -191,15 +229,14 @@ class Generation:
                 tier.reset()
             self._filled = [False] * self._plan.tiers
             raise NonFiniteLogitsError(self._tiers[snapshot.bad.index(first)].name, first)
-        logprobs = self._logprobs(snapshot.tokens)
+        logprobs = self._logprobs(snapshot.tokens, self._state.logprob_rows)
         self._tokens += snapshot.tokens
         self._last = snapshot
         self.stopped = snapshot.ended
         self.finished = self.stopped or snapshot.end >= self._limit
         return Commit(snapshot.tokens, logprobs)
 
-    def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs]:
-        rows = self._state.logprob_rows
+    def _logprobs(self, tokens: list[int], rows: Tensor | None) -> list[TokenLogprobs]:
         if rows is None or self._plan.logprobs is None or not tokens:
             return []
         logs = torch.log_softmax(rows[: len(tokens)], -1)

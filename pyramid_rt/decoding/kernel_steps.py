@@ -24,7 +24,7 @@ from pyramid_rt.decoding.recursion import (
     timing,
     verify_name,
 )
-from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
@@ -110,15 +110,14 @@ class KernelSteps:
         until = None
         if plan.inner_rounds is None and level < plan.tiers - 1:
             until = plan.lengths[level]
-        fuzzy = rule if isinstance(rule, Fuzzy) else None
         self.decide(
             decision.plan(
                 decode_state,
                 level,
                 count,
                 rule_name(rule),
-                kind=fuzzy.divergence if fuzzy else "js",
-                processed=fuzzy is not None and fuzzy.divergence_on == "processed",
+                kind=rule.divergence_kind or "js",
+                processed=rule.needs_below_processed,
                 stored=stored or late,
                 until=until,
             )
@@ -304,17 +303,16 @@ class KernelRoundRunner:
 
 
 def rule_name(rule: Rule) -> decision.RuleName:
-    """The kernels' name of a rule."""
-    if isinstance(rule, Fuzzy):
-        return "fuzzy_or_match" if rule.or_match else "fuzzy"
-    return "rejection" if rule.residual else "match"
+    """The kernels' name of a rule that they know. Raises ValueError for another."""
+    if rule.kernel_name not in decision.RULES:
+        raise ValueError(f"rule {rule.name!r} has no kernel, expected one of {', '.join(decision.RULES)}")
+    return rule.kernel_name
 
 
 def processed_tiers(plan: RoundPlan) -> tuple[bool, ...]:
     """For each tier: does a rule of the chain read its processed distribution?"""
     wanted = [False] * plan.tiers
     for stage, rule in enumerate(plan.rules):
-        compared = isinstance(rule, Fuzzy) and rule.divergence_on == "processed"
-        wanted[stage] = wanted[stage] or compared or plan.keep_effective[stage]
-        wanted[stage + 1] = wanted[stage + 1] or compared or rule.needs_effective
+        wanted[stage] = wanted[stage] or rule.needs_below_processed or plan.keep_effective[stage]
+        wanted[stage + 1] = wanted[stage + 1] or rule.needs_processed
     return tuple(wanted)

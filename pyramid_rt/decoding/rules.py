@@ -1,14 +1,15 @@
-"""Acceptance rules: what decides how long a prefix of a proposal stands .
+"""Acceptance rules: what decides how long a prefix of a proposal stands.
 
 A rule is a small frozen object with no state. `judge` sees one verify: R proposed tokens, the verifying tier's
-raw and processed rows for them, and what the proposing tier handed up.
+raw and processed rows for them, and what the proposing tier handed up. Everything else that the rest of the runtime
+must know of a rule is one of its facts (`Rule`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -49,28 +50,117 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class Replayed:
+    """A rule as the tuner replays it, from what the tiers would have said.
+
+    Attributes:
+        threshold: up to which divergence of the two tiers any token stands; None where the rule looks at none.
+        match: the verifying tier's own token stands.
+    """
+
+    threshold: float | None
+    match: bool
+
+
+class Rule(Protocol):
+    """What a rule is to everything else: hashable, frozen, without state.
+
+    Attributes:
+        name: in errors.
+        threshold: of the stage, a float32 on the device that may differ from call to call; 0 where it has no use.
+        lossless: with this rule on top the output is the target's own.
+        needs_own_rows: reads the proposing tier's own rows. needs_effective: reads the distributions that proposed
+            tokens were drawn from, and acceptance uniforms. needs_processed: reads the verifying tier's processed
+            rows. needs_below_processed: reads the proposing tier's own rows processed.
+        inherits: a token that stands may keep the distribution that it had below.
+        residual: the correction is drawn from max(p - q, 0), not the verifying tier's own token.
+        kernel_name: of `kernels.decide.decision.RULES`; None for a rule that only torch decides by.
+        divergence_kind: of `kernels.reference.sampling.DIVERGENCES`; None for a rule that looks at none.
+        replayed: how the tuner replays it; None where it cannot.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def lossless(self) -> bool: ...
+    @property
+    def needs_own_rows(self) -> bool: ...
+    @property
+    def needs_effective(self) -> bool: ...
+    @property
+    def needs_processed(self) -> bool: ...
+    @property
+    def needs_below_processed(self) -> bool: ...
+    @property
+    def inherits(self) -> bool: ...
+    @property
+    def residual(self) -> bool: ...
+    @property
+    def kernel_name(self) -> str | None: ...
+    @property
+    def divergence_kind(self) -> str | None: ...
+    @property
+    def replayed(self) -> Replayed | None: ...
+
+    def judge(self, evidence: Evidence) -> Verdict:
+        """Which proposed tokens stand."""
+        ...
+
+    def captured(self) -> Rule:
+        """The rule as a captured round knows it: without what may differ from call to call."""
+        ...
+
+
+class RuleFacts:
+    """The facts of a rule that asks for nothing, promises nothing and has neither kernel nor replay."""
+
+    __slots__ = ()
+
+    threshold: ClassVar[float] = 0.0
+    lossless: ClassVar[bool] = False
+    needs_own_rows: ClassVar[bool] = False
+    needs_effective: ClassVar[bool] = False
+    needs_processed: ClassVar[bool] = False
+    needs_below_processed: ClassVar[bool] = False
+    inherits: ClassVar[bool] = False
+    residual: ClassVar[bool] = False
+    kernel_name: ClassVar[str | None] = None
+    divergence_kind: ClassVar[str | None] = None
+    replayed: ClassVar[Replayed | None] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Match(RuleFacts):
     """A token stands iff it is the verifying tier's own token. Lossless, and equal to plain decoding."""
 
     name: ClassVar[str] = "match"
     lossless: ClassVar[bool] = True
-    needs_own_rows: ClassVar[bool] = False
-    needs_effective: ClassVar[bool] = False
-    residual: ClassVar[bool] = False
+    kernel_name: ClassVar[str] = "match"
+    replayed: ClassVar[Replayed] = Replayed(None, match=True)
 
     def judge(self, evidence: Evidence) -> Verdict:
         return Verdict(evidence.proposed == evidence.own, None)
 
+    def captured(self) -> Match:
+        return self
+
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
-    """Speculative sampling (arXiv:2211.17192, 2302.01318) against the effective distribution. Lossless."""
+class Rejection(RuleFacts):
+    """Speculative sampling (arXiv:2211.17192, 2302.01318) against the effective distribution. Lossless.
+
+    The tuner takes it for a match, which lets a little less stand when sampling.
+    """
 
     name: ClassVar[str] = "rejection"
     lossless: ClassVar[bool] = True
-    needs_own_rows: ClassVar[bool] = False
     needs_effective: ClassVar[bool] = True
+    needs_processed: ClassVar[bool] = True
     residual: ClassVar[bool] = True
+    kernel_name: ClassVar[str] = "rejection"
+    replayed: ClassVar[Replayed] = Replayed(None, match=True)
 
     def judge(self, evidence: Evidence) -> Verdict:
         assert evidence.processed is not None
@@ -80,6 +170,9 @@ class Rejection:
         p = evidence.processed.gather(-1, token).squeeze(-1).exp()
         q = evidence.effective.gather(-1, token).squeeze(-1).exp()
         return Verdict(evidence.uniform * q < p, None)
+
+    def captured(self) -> Rejection:
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +196,31 @@ class Fuzzy:
     lossless: ClassVar[bool] = False
     needs_own_rows: ClassVar[bool] = True
     needs_effective: ClassVar[bool] = False
+    inherits: ClassVar[bool] = True
     residual: ClassVar[bool] = False
+
+    @property
+    def needs_processed(self) -> bool:
+        return self.divergence_on == "processed"
+
+    @property
+    def needs_below_processed(self) -> bool:
+        return self.divergence_on == "processed"
+
+    @property
+    def kernel_name(self) -> str:
+        return "fuzzy_or_match" if self.or_match else "fuzzy"
+
+    @property
+    def divergence_kind(self) -> str:
+        return self.divergence
+
+    @property
+    def replayed(self) -> Replayed:
+        return Replayed(self.threshold, self.or_match)
+
+    def captured(self) -> Fuzzy:
+        return replace(self, threshold=0.0)
 
     def __post_init__(self) -> None:
         threshold = checks.number("threshold", self.threshold, 0.0, infinite=True)
@@ -130,18 +247,15 @@ class Fuzzy:
         return Verdict(torch.logical_or(close, evidence.proposed == evidence.own), close)
 
 
-Rule = Match | Rejection | Fuzzy
-
-
 def rows_needed(rules: tuple[Rule, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """For each proposing tier: must it keep its own raw rows, and must it hand up effective distributions?
 
-    Rejection reads the effective rows below it; a fuzzy rule that must hand up effective rows itself needs
-    those it receives. Match hands up p and needs nothing.
+    Rejection reads the effective rows below it; a rule that lets tokens keep their distributions needs those it
+    receives where it must hand some up. Match hands up p and needs nothing.
     """
     own = tuple(rule.needs_own_rows for rule in rules)
     effective = [False] * len(rules)
     for stage in reversed(range(len(rules))):
         above = stage + 1 < len(rules) and effective[stage + 1]
-        effective[stage] = rules[stage].needs_effective or (isinstance(rules[stage], Fuzzy) and above)
+        effective[stage] = rules[stage].needs_effective or (rules[stage].inherits and above)
     return own, tuple(effective)

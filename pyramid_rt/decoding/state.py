@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.counters import COUNTERS
-from pyramid_rt.decoding.rules import Fuzzy, Rule, rows_needed
+from pyramid_rt.decoding.rules import Rule, rows_needed
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.limits import NO_POSITION, WINDOW
 from pyramid_rt.models.llama import SLACK_ROWS
@@ -156,9 +156,7 @@ class State:
             top_k=scalar(0, torch.int64),
             top_p=scalar(1.0, torch.float32),
             min_p=scalar(0.0, torch.float32),
-            thresholds=torch.tensor(
-                [getattr(rule, "threshold", 0.0) for rule in plan.rules] or [0.0], device=device
-            ),
+            thresholds=torch.tensor([rule.threshold for rule in plan.rules] or [0.0], device=device),
             counters=torch.zeros(plan.tiers, len(COUNTERS), dtype=torch.int64, device=device),
             bad=torch.full((plan.tiers,), NO_POSITION, dtype=torch.int64, device=device),
             own_rows=[rows(level, plan.keep_own[level]) for level in stages],
@@ -176,17 +174,17 @@ class State:
         # Triton, which the decode_state brings in, is not everywhere.
         from pyramid_rt.kernels.decide.decode_state import END, LIMIT, DecodeState, bad_at, cached_at
 
-        fuzzy = [rule for rule in plan.rules if isinstance(rule, Fuzzy)]
+        kinds = [rule.divergence_kind or "" for rule in plan.rules]
         decode_state = DecodeState.allocate(
             plan.tiers,
             plan.device_rows,
             max_seq + SLACK_ROWS,
             vocab_size,
-            lists=plan.filters or any(rule.divergence.startswith("topk_") for rule in fuzzy),
+            lists=plan.filters or any(kind.startswith("topk_") for kind in kinds),
             device=device,
         )
         for stage, rule in enumerate(plan.rules):
-            decode_state.thresholds[stage] = getattr(rule, "threshold", 0.0)
+            decode_state.thresholds[stage] = rule.threshold
         unused: list[Tensor | None] = [None] * len(plan.rules)
         wanted = plan.logprobs is not None
         return cls(

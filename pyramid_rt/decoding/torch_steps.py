@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
+from pyramid_rt.decoding.proposers import Proposer, ProposerTier
 from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
-from pyramid_rt.decoding.rules import Evidence, Fuzzy, Rule, Verdict
+from pyramid_rt.decoding.rules import Evidence, Rule, Verdict
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.decoding.tiers import Tier
+from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -99,7 +101,41 @@ class TorchSteps:
         self._at.store()
 
     def sample(self, opened: OpenRound) -> None:
-        """Tier 0 draws its own tokens; stop tokens, the limit and an inactive round cut the burst."""
+        """Tier 0 puts a proposal; stop tokens, the limit and an inactive round cut it."""
+        lowest = self.tiers[0]
+        if isinstance(lowest, ProposerTier):
+            self._take_offer(lowest.proposer, opened)
+        else:
+            self._draw(opened)
+
+    def _take_offer(self, proposer: Proposer, opened: OpenRound) -> None:
+        """A proposal of tokens that no model has drawn, each of which was sure to come."""
+        plan, at, base, live = self.plan, self._at, opened.proposal, opened.live
+        steps = min(plan.burst, int(at.limit - base)) if plan.host_control else plan.burst
+        tokens, offered = proposer.propose(self.state.tokens, at.end, steps)
+        if plan.host_control:
+            offered = int(offered)
+            wrong = [token for token in tokens[:offered].tolist() if not 0 <= token < self.vocab_size]
+            if wrong or offered > steps:
+                raise InputError(
+                    f"proposer {proposer.name!r} offered {offered} tokens, {wrong} among them; expected at most "
+                    f"{steps}, of ids in 0..{self.vocab_size - 1}"
+                )
+        else:  # no look from the host: whatever else a token may be, it is one of the vocabulary
+            tokens = tokens.clamp(0, self.vocab_size - 1)
+        for step in range(offered if isinstance(offered, int) else steps):
+            if not plan.host_control:
+                live = live & at.unfinished() & (step < offered)
+            elif at.ended:
+                break
+            at.put(tokens[step : step + 1], live)
+        if self.state.effective_rows[0] is not None:
+            sure = torch.full((steps, self.vocab_size), -math.inf, dtype=torch.float32, device=tokens.device)
+            self._keep_rows(0, 0, sure, sure.scatter(1, tokens[:steps].unsqueeze(-1), 0.0))
+        self.state.origin.index_fill_(0, at.places(base, steps), 0)
+
+    def _draw(self, opened: OpenRound) -> None:
+        """A burst of tier 0's own tokens."""
         plan, state, at = self.plan, self.state, self._at
         base, live, steps, width = opened.proposal, opened.live, plan.burst, plan.window(0)
         if plan.host_control:
@@ -159,7 +195,7 @@ class TorchSteps:
         position = proposal + accepted
         replace = but_not(active, whole & (at.ended | (position >= at.limit)))
         token = entry(own, accepted)
-        if rule.residual:
+        if rule.residual and most > 0:  # what falls was proposed
             drawn = self._residual(evidence, below, accepted, position)
             token = torch.where(at.tensor(whole), token, drawn)
 
@@ -169,6 +205,8 @@ class TorchSteps:
             )
         # Where standing means being the own token there is nothing to count.
         differing = None if rule.lossless else (prefix * (evidence.proposed != evidence.own)).sum(0)
+        if level == 1 and isinstance(self.tiers[0], ProposerTier):
+            self.tiers[0].proposer.heard(raw, proposal)
         at.count_verify(below, (count, accepted, differing), (whole, replace, active))
         at.roll_back(level, position, whole, active)
         # A position past the end belongs to nobody, so this need not be masked.
@@ -186,7 +224,7 @@ class TorchSteps:
         below_rows, effective = state.own_rows[below], state.effective_rows[below]
         below_raw = below_rows[:most] if below_rows is not None else None
         below_processed = None
-        if isinstance(rule, Fuzzy) and rule.divergence_on == "processed":
+        if rule.needs_below_processed:
             assert below_raw is not None
             below_processed = self._logprobs(below_raw)
         uniform = None
@@ -232,7 +270,7 @@ class TorchSteps:
         return torch.cat((kept, processed[most:]))
 
     def _needs_processed(self, rule: Rule, level: int) -> bool:
-        if rule.needs_effective or (isinstance(rule, Fuzzy) and rule.divergence_on == "processed"):
+        if rule.needs_processed:
             return True
         return level < self.plan.tiers - 1 and self.plan.keep_effective[level]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -11,11 +10,18 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pyramid_rt import checks
 from pyramid_rt.errors import InputError
+from pyramid_rt.text.sandbox import TemplateEnvironment, bounded, written
 
-Messages = Sequence[Mapping[str, Any]]
+MAX_TEMPLATE = 2**18
+ASSISTANT = "assistant"
+
+# Stands at the end of the message that is to be continued while the chat is rendered: no text has it, and a template
+# that trims the message takes its blank off.
+_MARK = "\ue0f1\ue0f2\ue0f1"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -28,52 +34,170 @@ class ChatTemplate:
             InputError: it is no valid template.
         """
         self._where = where
+        if len(source) > MAX_TEMPLATE:
+            raise InputError(
+                f"prompt: the chat template ({where}) has {len(source)} characters, more than {MAX_TEMPLATE}"
+            )
         try:
-            self._template = _ENVIRONMENT.from_string(source)
+            with bounded():
+                self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # the compiler may stumble over a template in any way
             raise InputError(f"prompt: the chat template ({where}) is broken: {error}") from error
 
-    def render(self, messages: Messages, names: Mapping[str, str]) -> str:
-        """Return the chat up to where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Any],
+        names: Mapping[str, str],
+        continue_final_message: bool | None = None,
+    ) -> str:
+        """Return the chat up to where the assistant's answer begins, or goes on.
 
         Args:
-            messages: checked by `check_messages`.
+            messages: see `plain_messages`.
             names: the special tokens the template may write, as ``bos_token``.
+            continue_final_message: True: up to the end of the last message's text, without what closes it. False:
+                all messages, and the head of an answer. None: True where the last message is the assistant's.
 
         Raises:
-            InputError: the template refuses the messages.
+            InputError: a message is malformed, the template refuses the messages or takes too much, or it drops the
+                text that is to be continued.
         """
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **names,
+        chat = plain_messages(messages)
+        if not _goes_on(chat, continue_final_message):
+            return self._run(chat, names, add_generation_prompt=True)
+        last = chat[-1]
+        content = last.get("content")
+        if content is None:
+            raise InputError("prompt: continue_final_message needs a last message with content, found none")
+        text = self._run(
+            [*chat[:-1], {**last, "content": content + _MARK + " "}], names, add_generation_prompt=False
+        )
+        end = text.rfind(_MARK)
+        if end < 0 or content.strip() not in text[:end]:
+            raise InputError(
+                f"prompt: the chat template ({self._where}) does not write the last message as it is, so that its "
+                "text cannot be continued; continue_final_message=False asks for a new answer after it"
             )
+        trimmed = not text.startswith(_MARK + " ", end)
+        return text[:end].rstrip() if trimmed else text[:end]
+
+    def _run(self, chat: list[dict[str, Any]], names: Mapping[str, str], add_generation_prompt: bool) -> str:
+        try:
+            with bounded():
+                return written(
+                    self._template.generate(
+                        messages=[_with_reasoning(message) for message in chat],
+                        tools=None,
+                        documents=None,
+                        add_generation_prompt=add_generation_prompt,
+                        **names,
+                    )
+                )
         except Exception as error:  # anything may come out of somebody else's program
             raise InputError(
                 f"prompt: the chat template ({self._where}) refused the messages: {error}"
             ) from error
 
 
-def check_messages(messages: Messages) -> None:
-    """Raise InputError, naming the message and the key, unless each has a role and a content."""
+def goes_on(messages: Sequence[Any], continue_final_message: bool | None) -> bool:
+    """Whether the text of a chat ends within its last message; see `ChatTemplate.render`."""
+    return _goes_on(plain_messages(messages), continue_final_message)
+
+
+def _goes_on(chat: Sequence[Mapping[str, Any]], continue_final_message: bool | None) -> bool:
+    if continue_final_message is not None:
+        return continue_final_message
+    last = chat[-1]
+    return last["role"] == ASSISTANT and "content" in last and not last.get("tool_calls")
+
+
+def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages as templates expect them, in plain values: strings, numbers, lists and dicts.
+
+    A message is a mapping with a ``role`` and a ``content``, or an object with ``model_dump`` (as the client of an
+    OpenAI server gives them). The content is a string, or a list of parts ``{"type": "text", "text": ...}``, which
+    are joined as they are. It may be missing where there are ``tool_calls``. Keys whose value is None are left out.
+
+    Raises:
+        InputError: names the message, the key and what was found.
+    """
     if not messages:
         raise InputError("prompt: the list of messages is empty")
-    for index, message in enumerate(messages):
-        where = f"prompt: message {index}"
-        if not isinstance(message, Mapping):
-            kind = type(message).__name__
-            raise InputError(f"{where} must be an object with role and content, found {kind}")
-        for key in ("role", "content"):
-            value = message.get(key)
-            if value is None and key == "content" and message.get("tool_calls"):
-                continue  # an assistant's turn may consist of calls alone
-            if key not in message:
-                raise InputError(f"{where} has no {key!r}, only {sorted(map(str, message))}")
-            if not isinstance(value, str):
-                raise InputError(f"{where}: {key!r} must be a string, found {type(value).__name__}")
+    return [_plain_message(f"prompt: message {index}", message) for index, message in enumerate(messages)]
+
+
+def _plain_message(where: str, message: Any) -> dict[str, Any]:
+    dump = getattr(message, "model_dump", None)
+    if callable(dump) and not isinstance(message, Mapping):
+        message = dump()
+    if not isinstance(message, Mapping):
+        found = f"{type(message).__name__}: {checks.shown(message)}"
+        raise InputError(f"{where} must be an object with role and content, found {found}")
+    plain: dict[str, Any] = {}
+    for key, value in message.items():
+        if value is not None:
+            name = checks.text(f"{where}: every key", key)
+            plain[name] = _plain(f"{where}: {name!r}", value)
+    for key in ("role", "content"):
+        if key == "content" and plain.get("tool_calls") and plain.get(key) is None:
+            continue  # an assistant's turn may consist of calls alone
+        if key not in message:
+            raise InputError(f"{where} has no {key!r}, only {sorted(map(str, message))}")
+        value = _joined(where, plain.get(key)) if key == "content" else plain.get(key)
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {key!r} must be a string, found {type(value).__name__}")
+        plain[key] = value
+    return plain
+
+
+def _joined(where: str, content: Any) -> Any:
+    """Text parts put together; anything but a list of parts as it is."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for number, part in enumerate(content):
+        place = f"{where}: part {number} of 'content'"
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            found = checks.shown(kind if isinstance(part, dict) else part)
+            raise InputError(
+                f'{place} must be text, {{"type": "text", "text": ...}}, found {found}: these models read no other'
+            )
+        texts.append(checks.text(f"{place}: 'text'", part.get("text")))
+    return "".join(texts)
+
+
+def _plain(where: str, value: Any) -> Any:
+    """A value in the types of JSON, for the template to see nothing else; InputError for what is none of them."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {checks.text(f"{where}: every key", key): _plain(where, one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(where, one) for one in value]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return _plain(where, value.item())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    dump = getattr(value, "model_dump", None)
+    if callable(dump):
+        return _plain(where, dump())
+    raise InputError(f"{where} must hold text, numbers, lists and objects, found {type(value).__name__}")
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning can be read by each of the names that templates use."""
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -90,25 +214,11 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes for HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _chat_environment() -> ImmutableSandboxedEnvironment:
+def _chat_environment() -> TemplateEnvironment:
     """The whitespace rules, filters and globals that published templates were written against."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = TemplateEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -26,6 +26,7 @@ class TextAssembler:
         stops: Sequence[str],
         hidden_ids: frozenset[int],
         context: Sequence[int] = (),
+        skip: bytes = b"",
     ) -> None:
         """Start an empty text.
 
@@ -33,7 +34,10 @@ class TextAssembler:
             tokenizer: the target's.
             stops: strings that end the text; they are not part of it.
             hidden_ids: ids that give no text (end-of-sequence); special tokens give none in any case.
-            context: ids of the prompt. Its end decides whether a first token brings its leading space.
+            context: ids of the prompt. Its end decides whether a first token brings its leading space, and holds
+                the first bytes of a character that the text may complete.
+            skip: bytes that the tokens to come begin with and that are not part of the text: the end of the prompt,
+                where healing took it back.
 
         Raises:
             InputError: a stop string is empty or no string.
@@ -44,7 +48,9 @@ class TextAssembler:
         self._longest = max(map(len, self._stops), default=0)
         self._hidden = hidden_ids | tokenizer.special_ids
         self._detokenizer: _Detokenizer = (
-            _Bytes(tokenizer) if tokenizer.byte_level else _Window(tokenizer, self._visible(context))
+            _Bytes(tokenizer, self._visible(context), skip)
+            if tokenizer.byte_level
+            else _Window(tokenizer, self._visible(context), skip)
         )
         self._pieces: list[str] = []
         self._held = ""
@@ -127,18 +133,63 @@ class _Detokenizer(Protocol):
     def finish(self) -> str: ...
 
 
+class _Utf8:
+    """Bytes to text as they come, after bytes that were shown elsewhere."""
+
+    def __init__(self, shown: bytes) -> None:
+        """`shown`: whatever came before; only a character that it leaves open matters."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(shown)
+        # The first bytes of a character; where it does not go on, its U+FFFD stands in the other text.
+        self._open = self._decoder.getstate()[0]
+
+    def feed(self, data: bytes) -> str:
+        """The characters that these bytes complete."""
+        return self._own(self._decoder.decode(data), data)
+
+    def finish(self) -> str:
+        """What an unfinished character becomes."""
+        return self._own(self._decoder.decode(b"", final=True), b"")
+
+    def _own(self, text: str, data: bytes) -> str:
+        if not self._open:
+            return text
+        self._open += data
+        if not text:
+            return text
+        whole, self._open = self._open.startswith("\ufffd".encode()), b""
+        return text[1:] if text[0] == "\ufffd" and not whole else text
+
+
+class _Skip:
+    """Leaves out the first bytes of a text."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def __bool__(self) -> bool:
+        return self._left > 0
+
+    def cut(self, data: bytes) -> bytes:
+        """What of these bytes is not left out."""
+        kept = data[self._left :]
+        self._left = max(0, self._left - len(data))
+        return kept
+
+
 class _Bytes:
     """Tokens that stand for bytes: an incremental UTF-8 decoder is exact, whatever the bytes are."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skip: bytes) -> None:
         self._bytes_of = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._skip = _Skip(len(skip))
+        self._utf8 = _Utf8(b"".join(map(self._bytes_of, context[-CONTEXT_TOKENS:])) + skip)
 
     def feed(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes_of(token_id))
+        return self._utf8.feed(self._skip.cut(self._bytes_of(token_id)))
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._utf8.finish()
 
 
 class _Window:
@@ -148,20 +199,25 @@ class _Window:
     one. Tokens that stand for single bytes (``<0xE6>``) go through a UTF-8 decoder of their own.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skip: bytes) -> None:
         self._tokenizer = tokenizer
         self._context = list(context[-CONTEXT_TOKENS:])
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._skip = _Skip(len(skip))
+        known = [tokenizer.fallback_byte(index) for index in self._context]
+        last = next((at for at in reversed(range(len(known))) if known[at] is None), -1)
+        self._utf8 = _Utf8(bytes(byte for byte in known[last + 1 :] if byte is not None) + skip)
 
     def feed(self, token_id: int) -> str:
         if self._tokenizer.token(token_id) is None:
             return ""
         before, self._context = self._context, [*self._context, token_id][-CONTEXT_TOKENS:]
+        if self._skip:
+            return self._utf8.feed(self._skip.cut(self._tokenizer.piece_bytes(token_id)))
         byte = self._tokenizer.fallback_byte(token_id)
         if byte is not None:
-            return self._utf8.decode(bytes([byte]))
+            return self._utf8.feed(bytes([byte]))
         base = self._tokenizer.decode(before)
         return self.finish() + self._tokenizer.decode([*before, token_id])[len(base) :]
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._utf8.finish()

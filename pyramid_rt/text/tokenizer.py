@@ -2,108 +2,123 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.json_files import kind_of, parse_object, read_bytes
-from pyramid_rt.text.chat import ChatTemplate, check_messages
+from pyramid_rt.json_files import kind_of, read_bytes
+from pyramid_rt.text.chat import ChatTemplate
+from pyramid_rt.text.comparison import vocabulary_difference
+from pyramid_rt.text.library import library
+from pyramid_rt.text.token_files import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    TokenFiles,
+    read_token_files,
+)
 
-TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-# What templates may refer to by name; tokenizer_config.json spells each as a string or as an object.
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Decoders that leave it at replacing characters and joining; what `Strip` takes from the start of a text is no part
+# of a token's meaning.
+_SPELLING_DECODERS = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
 
 
 class Tokenizer:
-    """What ``tokenizer.json`` says, with the chat template beside it. Safe to use from several threads.
+    """A model's tokenizer, with the chat template beside it. Safe to use from several threads.
 
     Attributes:
         directory: where it was read.
-        digest: SHA-256 of ``tokenizer.json``; equal digests mean equal tokenizers.
+        digest: equal digests mean equal tokenizers.
         vocab_size: one more than the highest token id it knows.
         plain_size: the same without tokens that were added to its model's vocabulary.
         special_ids: ids of the special tokens, which never show in text.
         byte_level: every token stands for bytes (`token_bytes`), joined and read as UTF-8.
     """
 
-    def __init__(
-        self,
-        core: tokenizers.Tokenizer,
-        directory: Path,
-        digest: str,
-        decoder: Mapping[str, Any] | None,
-        settings: Mapping[str, Any],
-    ) -> None:
-        """Wrap a loaded tokenizer; `from_dir` is the usual way to get one."""
+    def __init__(self, files: TokenFiles, directory: Path) -> None:
+        """Wrap what was read; `from_dir` is the usual way to get one."""
+        core = files.core
         # A limit or a padding saved from training would cut or lengthen prompts unseen.
         core.no_truncation()
         core.no_padding()
-        self._core = core
-        self._settings = settings
+        self._core, self._settings = core, files.settings
+        self._names, self._disputed = files.names, files.disputed
         self.directory = directory
-        self.digest = digest
-        self.vocab_size: int = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.digest = files.digest
+        self.vocab_size: int = 1 + max(self._vocabulary().values(), default=-1)
         self.plain_size: int = 1 + max(core.get_vocab(with_added_tokens=False).values(), default=-1)
         added = core.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
-        kinds = _decoder_kinds(decoder)
+        self._decoders = list(_flat(files.decoder))
+        kinds = {str(one["type"]) for one in self._decoders}
         self.byte_level: bool = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
         self._byte_fallback = "ByteFallback" in kinds
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and, where there is one, ``tokenizer_config.json``.
+        """Read ``tokenizer.json`` and, where they are, the files beside it; see `token_files`.
 
         Raises:
-            WeightsError: a file is missing, unreadable or not what its name says.
+            WeightsError: a file is missing, unreadable, not what its name says, or contradicts another one.
         """
         directory = Path(directory)
-        path = directory / TOKENIZER_FILE
-        data = read_bytes(path)
-        spec = parse_object(path, data)
-        try:
-            core = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the binding raises bare Exception for whatever it dislikes
-            raise WeightsError(f"{path}: not a tokenizer: {error}") from error
-        settings_path = directory / SETTINGS_FILE
-        settings = (
-            parse_object(settings_path, read_bytes(settings_path))
-            if kind_of(settings_path) is not None
-            else {}
-        )
-        return cls(core, directory, hashlib.sha256(data).hexdigest(), spec.get("decoder"), settings)
+        return cls(read_token_files(directory), directory)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text`` as the tokenizer's own post-processor leaves them (a BOS included).
+    def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Return the ids of a text.
+
+        Args:
+            text: any Unicode text; special tokens that are spelt out in it become their ids.
+            add_special_tokens: True: what the tokenizer's own post-processor adds (as a BOS). False: nothing.
+                None: the same as True, but what would stand in front of the text is not added where the text
+                begins with it, as a chat does that was rendered by its template.
 
         Raises:
             InputError: the text holds something that is not a Unicode character (a lone surrogate).
+            TokenizerError: the tokenizer fails at this text.
         """
-        return self._encode(text, specials=True)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"prompt: character {error.start} is {text[error.start]!r}, a lone surrogate and no text"
+            ) from error
+        with library(f"prompt: the tokenizer {self.directory / TOKENIZER_FILE} fails at this text"):
+            encoding = self._core.encode(text, add_special_tokens=add_special_tokens is not False)
+        ids: list[int] = list(encoding.ids)
+        if add_special_tokens is None:
+            mask = (
+                encoding.special_tokens_mask
+            )  # 1 for what the post-processor added, not for what the text spells
+            lead = next((number for number, added in enumerate(mask) if not added), len(mask))
+            if lead and ids[lead : 2 * lead] == ids[:lead]:
+                return ids[lead:]
+        return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the ids of a rendered chat; the template writes the BOS itself, so none is added.
+    def encode_chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_special_tokens: bool | None = None,
+        continue_final_message: bool | None = None,
+    ) -> list[int]:
+        """Return the ids of a rendered chat. The template writes the BOS, so none is added unless told to.
 
         Raises:
-            InputError: as `render_chat`.
+            InputError: as `render_chat`. TokenizerError: as `encode`.
         """
-        return self._encode(self.render_chat(messages), specials=False)
+        text = self.render_chat(messages, continue_final_message)
+        return self.encode(text, add_special_tokens=add_special_tokens is True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._core.decode(list(ids), skip_special_tokens=True))
+        return self._decode(ids, skip_special_tokens=True)
 
     def token(self, token_id: int) -> str | None:
         """Return the vocabulary's own spelling of an id, None for an id it does not know."""
@@ -126,69 +141,109 @@ class Tokenizer:
         match = BYTE_TOKEN.fullmatch(spelling) if spelling else None
         return int(match[1], 16) if match else None
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return the text of a chat by the directory's own template, ready for the assistant's answer.
+    @cached_property
+    def spells_pieces(self) -> bool:
+        """Whether every token stands for a piece of text of its own: `piece_bytes` holds."""
+        kinds = {one["type"] for one in self._decoders}
+        return self.byte_level or (bool(kinds) and kinds <= _SPELLING_DECODERS and self._replaced is not None)
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """Return the bytes an id adds to a text, at its start too: ``▁the`` is a blank and ``the``.
+
+        Empty for unknown and special ids. Only where `spells_pieces` holds.
+        """
+        if token_id in self.special_ids:
+            return b""
+        if self.byte_level:
+            return self.token_bytes(token_id)
+        byte = self.fallback_byte(token_id)
+        if byte is not None:
+            return bytes([byte])
+        spelling = self.token(token_id) or ""
+        for old, new in self._replaced or ():
+            spelling = spelling.replace(old, new)
+        return spelling.encode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token for people to read: special ones spelt out, parts of characters as U+FFFD."""
+        if token_id in self.special_ids:
+            return self.token(token_id) or ""
+        if self.spells_pieces:
+            return self.piece_bytes(token_id).decode("utf-8", "replace")
+        return self._decode([token_id], skip_special_tokens=False)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the special token that is spelt exactly so, None where there is none."""
+        index: int | None = self._core.token_to_id(text)
+        return index if index in self.special_ids else None
+
+    def special_within(self, text: str) -> str | None:
+        """Return a special token that is spelt out somewhere in a text, None where there is none."""
+        return next((spelling for spelling in self._special_spellings if spelling in text), None)
+
+    def render_chat(self, messages: Sequence[Any], continue_final_message: bool | None = None) -> str:
+        """Return the text of a chat by the directory's own template.
 
         Args:
-            messages: each has a ``role`` and a ``content`` (strings); further keys reach the template.
+            messages: each has a ``role`` and a ``content``, see `plain_messages`; the template sees further keys.
+            continue_final_message: True: the text ends within the last message, for the model to go on with it.
+                False: it ends where the assistant's answer begins. None: True where the last message is an
+                assistant's, else False.
 
         Raises:
             InputError: there is no template, a message is malformed, or the template refuses the chat.
+            WeightsError: the template wants a token that the tokenizer's files contradict each other about.
         """
-        check_messages(messages)
         if self._template is None:
             raise InputError(
                 f"prompt: a list of messages needs a chat template, and {self.directory} has none "
                 f"(neither {TEMPLATE_FILE} nor chat_template in {SETTINGS_FILE})"
             )
-        names = {key: value for key in NAMED_TOKENS if (value := self._named_token(key)) is not None}
-        return self._template.render(messages, names)
+        return self._template.render(messages, self._names, continue_final_message)
 
     def difference(self, other: Tokenizer) -> str | None:
-        """Return how ``other`` differs in what ids mean or how text becomes ids, None when it does not.
-
-        Decoders, truncation and padding are left out: the target's tokenizer alone writes the text.
-        """
+        """Return how ``other`` differs in what ids mean, None when it does not; see `comparison`."""
         if self.digest == other.digest:
             return None
-        # Written out again by one library version, both files have the same defaults filled in.
-        mine, theirs = json.loads(self._core.to_str()), json.loads(other._core.to_str())
-        parts = [
-            _vocabulary_difference(self._core.get_vocab(True), other._core.get_vocab(True)),
-            _merges_difference(mine["model"], theirs["model"]),
-            _value_difference("model settings", _model_settings(mine), _model_settings(theirs)),
-            _added_difference(mine["added_tokens"], theirs["added_tokens"]),
-        ]
-        for section in ("normalizer", "pre_tokenizer", "post_processor"):
-            parts.append(_value_difference(section.replace("_", "-"), mine[section], theirs[section]))
-        found = [part for part in parts if part]
-        return "; ".join(found) if found else None
+        added = self._added_ids | other._added_ids
+        return vocabulary_difference(self._vocabulary(), other._vocabulary(), added)
 
     def same_as(self, other: Tokenizer) -> bool:
-        """Whether ids mean the same and text becomes the same ids in both."""
+        """Whether ids mean the same in both."""
         return self.difference(other) is None
 
-    def _encode(self, text: str, specials: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"prompt: character {error.start} is {text[error.start]!r}, a lone surrogate and no text"
-            ) from error
-        return list(self._core.encode(text, add_special_tokens=specials).ids)
+    def _vocabulary(self) -> dict[str, int]:
+        """Ids by spelling, added tokens included; made anew, since it is large and rarely wanted."""
+        return dict(self._core.get_vocab(with_added_tokens=True))
 
-    def _named_token(self, key: str) -> str | None:
-        value = self._settings.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        return value if isinstance(value, str) else None
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        with library(f"the tokenizer {self.directory / TOKENIZER_FILE} fails at ids"):
+            return str(self._core.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def _special_spellings(self) -> list[str]:
+        return [spelling for index in sorted(self.special_ids) if (spelling := self.token(index))]
+
+    @cached_property
+    def _replaced(self) -> list[tuple[str, str]] | None:
+        """What the decoder replaces in every token; None where it does so by a pattern, or not at all."""
+        pairs: list[tuple[str, str]] = []
+        for one in self._decoders:
+            if one["type"] == "Metaspace":
+                pairs.append((str(one.get("replacement", "\u2581")), " "))
+            if one["type"] == "Replace":
+                pattern = one.get("pattern", {}).get("String")
+                if not isinstance(pattern, str):
+                    return None
+                pairs.append((pattern, str(one.get("content", ""))))
+        return pairs or None
 
     @cached_property
     def _template(self) -> ChatTemplate | None:
         """The chat template, compiled at its first use; its own file wins over the settings."""
         path = self.directory / TEMPLATE_FILE
         if kind_of(path) is not None:
-            return ChatTemplate(read_bytes(path).decode("utf-8", "replace"), str(path))
+            return self._compiled(read_bytes(path).decode("utf-8", "replace"), str(path))
         where = f"chat_template in {self.directory / SETTINGS_FILE}"
         value = self._settings.get("chat_template")
         if isinstance(value, list):  # several, by name
@@ -198,16 +253,24 @@ class Tokenizer:
             return None
         if not isinstance(value, str):
             raise WeightsError(f"{where} must be text, found {type(value).__name__}")
-        return ChatTemplate(value, where)
+        return self._compiled(value, where)
+
+    def _compiled(self, source: str, where: str) -> ChatTemplate:
+        for name, message in self._disputed.items():
+            if re.search(rf"\b{re.escape(name)}\b", source):
+                raise WeightsError(f"the chat template ({where}) uses {name}, and {message}")
+        return ChatTemplate(source, where)
 
 
-def _decoder_kinds(decoder: Mapping[str, Any] | None) -> set[str]:
-    """The types of a decoder from tokenizer.json, of its members where it is a sequence."""
+def _flat(decoder: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """The decoders of a section of tokenizer.json, in order; of the members where it is a sequence."""
     if decoder is None:
-        return set()
+        return
     if decoder["type"] == "Sequence":
-        return set().union(*map(_decoder_kinds, decoder["decoders"]))
-    return {decoder["type"]}
+        for one in decoder["decoders"]:
+            yield from _flat(one)
+    else:
+        yield decoder
 
 
 def _bytes_by_char() -> dict[str, int]:
@@ -219,57 +282,3 @@ def _bytes_by_char() -> dict[str, int]:
 
 
 BYTE_OF_CHAR = _bytes_by_char()
-
-
-def _vocabulary_difference(mine: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
-    if mine == theirs:
-        return None
-    here = {index: token for token, index in mine.items()}
-    there = {index: token for token, index in theirs.items()}
-    other = sorted(index for index in here.keys() | there.keys() if here.get(index) != there.get(index))
-    index = other[0]
-    return (
-        f"vocabulary: {len(mine)} tokens against {len(theirs)}, {len(other)} ids differ, "
-        f"the first is {index}: {here.get(index)!r} against {there.get(index)!r}"
-    )
-
-
-def _merges_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    here, there = mine.get("merges") or [], theirs.get("merges") or []
-    if here == there:
-        return None
-    pairs = zip(here, there, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(here), len(there)))
-    return f"merges: {len(here)} against {len(there)}, different from number {first} on"
-
-
-def _model_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec["model"].items() if key not in ("vocab", "merges")}
-
-
-def _added_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> str | None:
-    here, there = ({entry["content"]: entry for entry in side} for side in (mine, theirs))
-    other = [content for content in here | there if here.get(content) != there.get(content)]
-    if not other:
-        return None
-    content = other[0]
-    what = _value_difference(repr(content), here.get(content), there.get(content))
-    return f"added tokens: {len(here)} against {len(there)}, {len(other)} differ, for instance {what}"
-
-
-def _value_difference(name: str, mine: Any, theirs: Any) -> str | None:
-    """Name the first place at which two JSON values differ."""
-    if mine == theirs:
-        return None
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        key = next(key for key in mine | theirs if mine.get(key) != theirs.get(key))
-        return _value_difference(f"{name}.{key}", mine.get(key), theirs.get(key))
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        index = next(index for index, value in enumerate(mine) if value != theirs[index])
-        return _value_difference(f"{name}[{index}]", mine[index], theirs[index])
-    return f"{name}: {_short(mine)} against {_short(theirs)}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

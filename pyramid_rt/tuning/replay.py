@@ -25,8 +25,9 @@ from itertools import pairwise
 from typing import Any
 
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, rules_of
-from pyramid_rt.decoding.rules import Fuzzy, Rule
+from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.errors import InputError
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.pyramid import build_plan
 
@@ -195,10 +196,13 @@ class _Walk:
 
 def _standing(rule: Rule, trace: Trace, pair: tuple[int, int]) -> tuple[Sequence[bool], bool]:
     """Where a rule lets any token stand, and whether it also lets the verifying tier's own token stand."""
-    if isinstance(rule, Fuzzy):
-        values = trace.divergence[pair]
-        return [value <= rule.threshold and value < math.inf for value in values], rule.or_match
-    return [False] * trace.length, True
+    replayed = rule.replayed
+    if replayed is None:
+        raise InputError(f"rule {rule.name!r} cannot be tuned: it says nothing of how it is replayed")
+    if replayed.threshold is None:
+        return [False] * trace.length, replayed.match
+    bound, values = replayed.threshold, trace.divergence[pair]
+    return [value <= bound and value < math.inf for value in values], replayed.match
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +263,7 @@ def kinds_of(rules: Sequence[Rule]) -> list[str]:
     """For each tier of a chain, which of the fields of `Costs` comes with its passes."""
     if not rules:
         return ["plain"]
-    return ["step", *("fuzzy" if isinstance(rule, Fuzzy) else "match" for rule in rules)]
+    return ["step", *("match" if rule.divergence_kind is None else "fuzzy" for rule in rules)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from pyramid_rt.decoding.methods import TIERS_NEEDED, tiers_of
+from pyramid_rt.decoding.proposers import ProposerTier
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading.defaults import NOTHING_TO_TUNE
@@ -158,6 +159,9 @@ def tune(
     Raises:
         InputError: the pyramid has one tier, there is no prompt, or the target ends every text at once.
     """
+    for tier in pyramid.tiers[:1]:
+        if isinstance(tier, ProposerTier):
+            raise InputError(f"{tier.name!r} is a proposer: tune prices chains of models only")
     if len(pyramid.tiers) < 2:
         raise InputError(NOTHING_TO_TUNE)
     if not prompts:

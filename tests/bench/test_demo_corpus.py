@@ -1,4 +1,4 @@
-"""What belongs to the demo's corpus: skip lists, caps, duplicates, held-out files, licences."""
+"""The contents of the demo's corpus: skip lists, caps, duplicates, held-out files, licences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What counts as Python among the demo's completions, where prefixes end, and how agreement is measured."""
+"""Python among the demo's completions, the ends of prefixes, and the measure of agreement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How bench/demo_training/command.py makes its students from the target."""
+"""The students that bench/demo_training/command.py makes from the target."""
 
 from __future__ import annotations
 

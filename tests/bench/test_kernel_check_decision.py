@@ -45,7 +45,7 @@ def verify(**sizes: int) -> Case:
 
 
 def failed(case: Case, length: int = 7, kind: str = "check", runs: int = 3) -> str:
-    """What a task says is wrong."""
+    """The faults that a task names."""
     task = Task(kind, case, lengths=(length,), runs=runs)
     (row,) = gpu_tasks.perform(task, InterpreterRuntime())
     assert bool(row["message"]) != row["ok"]
@@ -75,7 +75,7 @@ def test_verifies_pass(sizes: dict[str, int]) -> None:
 
 @cpu_only
 def test_modes_and_cuts_are_what_they_are_called() -> None:
-    """How many of six stand, and whether the sequence has ended; else a case would test something else."""
+    """The number of six that stand, and the end of the sequence; else a case would test something else."""
     place = InterpreterRuntime().place
 
     def run(**sizes: int) -> tuple[int, bool, int]:

@@ -127,7 +127,7 @@ def test_percentiles() -> None:
 
 
 class FakeCuda:
-    """What CudaRuntime asks of torch.cuda, noted down in order."""
+    """The calls of CudaRuntime to torch.cuda, noted down in order."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

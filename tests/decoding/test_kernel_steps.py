@@ -317,7 +317,7 @@ def test_sections_of_one_name_are_the_same_launches() -> None:
 
 
 def contents(value: Any) -> Any:
-    """What a launch does, in comparable form."""
+    """A launch in comparable form."""
     if isinstance(value, Tensor):
         return value.data_ptr(), value.shape
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""What has nothing to do is skipped: a kernel whose word is 0, and the passes of rounds that are not due."""
+"""Work that is skipped: a kernel whose active flag is 0, and the passes of rounds that are not due."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ class Decoding:
         self.state.decode_state.control[live_at(n, 0) : live_at(n, 0) + n] = 1
 
     def streams(self, level: int) -> dict[str, Tensor]:
-        """What every pass of a tier writes anew, and nobody reads after it."""
+        """Buffers that every pass of a tier writes anew, and that are not read after it."""
         backend = self.tiers[level].model.backend
         assert isinstance(backend, TritonBackend)
         b = backend.buffers

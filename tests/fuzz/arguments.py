@@ -106,7 +106,7 @@ def _fuzzy(dice: random.Random, place: Workspace) -> Case:
     given = {"threshold": 0.2, **_some(dice, _FUZZY)}
 
     def run() -> None:
-        rules = [pyramid_rt.Fuzzy(**given), pyramid_rt.Match()]
+        rules: list[Any] = [pyramid_rt.Fuzzy(**given), pyramid_rt.Match()]
         pyramid_rt.Pyramid(place.pyramid.tiers, rules).generate(PROMPT, max_new_tokens=3)
 
     return Case(f"Fuzzy({shown(given)})", run)

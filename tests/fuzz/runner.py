@@ -82,7 +82,7 @@ class Workspace:
 
     def _decoded(self) -> list[list[int]]:
         ways = ({"method": "ar"}, {"method": "psd"}, {"temperature": 0.8, "seed": 3})
-        return [self.pyramid.generate([5, 6, 7], max_new_tokens=12, **way).tokens for way in ways]  # type: ignore[arg-type]
+        return [self.pyramid.generate([5, 6, 7], max_new_tokens=12, **way).tokens for way in ways]
 
     def __enter__(self) -> Workspace:
         return self

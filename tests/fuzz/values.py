@@ -50,7 +50,7 @@ _MADE: tuple[Callable[[random.Random], Any], ...] = (
     lambda r: r.choice((torch.tensor([3]), torch.tensor([[1, 2]]), torch.empty(0), torch.tensor(1j))),
     lambda r: r.choice((torch.empty((), device="meta"), torch.empty((3,), device="meta"), torch.tensor([1.5, 2.0]))),
     lambda r: r.choice((np.array([1, 2, 3]), np.array(4), np.array([]), np.array([[1]]), np.array(["sd", "psd"]))),
-    lambda r: r.choice((np.array([1, None], dtype=object), np.array([True]), np.ma.masked_array([1, 2], [0, 1]))),
+    lambda r: r.choice((np.array([1, None], dtype=object), np.ma.masked_array([1, 2], [False, True]))),
     lambda r: r.choice(("", "0", "1", "sd", "psd", "ar", "js", "match", "raw", "yes", "cpu", "\x00", "\ud800")),
     lambda r: r.choice(("é", "x" * 10_000, "\n", "{}", "[bold]", "%s", "--", "float32", "torch", "host", "round")),
     lambda r: r.choice((b"", b"sd", bytearray(b"1"), memoryview(b"12"))),

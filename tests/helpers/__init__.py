@@ -1,1 +1,1 @@
-"""What several tests share; no tests."""
+"""Code that several tests share; no tests."""

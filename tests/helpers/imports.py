@@ -1,4 +1,4 @@
-"""The imports of a tree of sources, read and not run: which module names which, and where that goes in a circle."""
+"""The imports of a tree of sources, read and not run, and the circles among them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def imports_of(file: Path, module: str) -> set[str]:
 
 
 def import_graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
-    """Which modules each module imports, among `modules`; a name inside a module counts as the module."""
+    """The modules that each module imports, among `modules`; a name inside a module counts as the module."""
     graph = {}
     for module, file in modules.items():
         targets = set()

@@ -1,4 +1,4 @@
-"""Which settings the search looks at, and which of them are run."""
+"""The settings that the search looks at, and those that are run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tune` measures: answers of the tiers, seconds of passes, and what comes beside them."""
+"""The measurements of `tune`: answers of the tiers, seconds of passes, and what comes beside them."""
 
 from __future__ import annotations
 

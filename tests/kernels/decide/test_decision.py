@@ -69,7 +69,7 @@ class Case:
         return int(ops.residual_token(p, q, ops.gumbel(words)))
 
     def expected(self, rule: str, kind: str = "js") -> tuple[int, int]:
-        """How many stand, and the token after them."""
+        """The number of tokens that stand, and the token after them."""
         stands = [*self.stands(rule, kind), False]
         accepted = stands.index(False)
         falls = accepted < len(self.tokens)
