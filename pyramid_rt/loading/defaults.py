@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_rt.errors import InputError
+from pyramid_rt.json_files import kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, path_from, typed_defaults
-from pyramid_rt.loading.json_files import kind_of, read_object, resolved, write_object
 from pyramid_rt.params import SamplingParams
 
 NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"

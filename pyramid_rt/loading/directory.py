@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pyramid_rt import checks
 from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.loading.json_files import check_directory, kind_of, read_object, resolved, write_object
+from pyramid_rt.json_files import check_directory, kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.weights import CONFIG_FILE, read_config
 from pyramid_rt.text.tokenizer import Tokenizer
 

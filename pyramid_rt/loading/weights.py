@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pyramid_rt.errors import InputError, WeightsError
+from pyramid_rt.json_files import kind_of, read_object
 from pyramid_rt.loading.checkpoint import Stored, check_tensors, layer_pieces, list_tensors
-from pyramid_rt.loading.json_files import kind_of, read_object
 from pyramid_rt.models import families
 from pyramid_rt.models.backends.choice import check_backend, make_backend
 from pyramid_rt.models.config import LlamaConfig

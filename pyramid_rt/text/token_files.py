@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from pyramid_rt.errors import WeightsError
-from pyramid_rt.loading.json_files import kind_of, parse_object, read_bytes
+from pyramid_rt.json_files import kind_of, parse_object, read_bytes
 from pyramid_rt.text.library import library
 
 TOKENIZER_FILE = "tokenizer.json"

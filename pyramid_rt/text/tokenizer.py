@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_rt.errors import InputError, WeightsError
-from pyramid_rt.loading.json_files import kind_of, read_bytes
+from pyramid_rt.json_files import kind_of, read_bytes
 from pyramid_rt.text.chat import ChatTemplate
 from pyramid_rt.text.comparison import vocabulary_difference
 from pyramid_rt.text.library import library

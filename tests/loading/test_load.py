@@ -67,6 +67,8 @@ def test_arguments_count_by_what_they_equal(tiny_dir: Path) -> None:
         ({"control": True}, "unknown control True; expected one of host, device"),
         ({"prefix_reuse": "no"}, "prefix_reuse must be True or False, found 'no'"),
         ({"prefix_reuse": 1}, "prefix_reuse must be True or False"),
+        ({"graphs": 1}, "graphs must be True, False, 'round' or 'step', found 1"),
+        ({"graphs": np.array([1, None])}, "graphs must be True, False, 'round' or 'step', found array"),
         ({"progress": "yes"}, "progress must be something to call, found 'yes'"),
     ],
 )

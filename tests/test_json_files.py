@@ -15,9 +15,8 @@ from typing import BinaryIO
 
 import pytest
 
-from pyramid_rt import WeightsError
-from pyramid_rt.loading import json_files
-from pyramid_rt.loading.json_files import kind_of, read_object, resolved, write_object
+from pyramid_rt import WeightsError, json_files
+from pyramid_rt.json_files import kind_of, read_object, resolved, write_object
 
 
 def leftovers(folder: Path) -> list[str]:
