@@ -122,7 +122,7 @@ class Generation:
         )
         self._prompt += drawn.tokens
         self._tokens += drawn.tokens
-        state.tokens[end : len(self._prompt)].copy_(torch.tensor(drawn.tokens, device=state.tokens.device))
+        state.tokens[end : len(self._prompt)].copy_(torch.tensor(drawn.tokens, dtype=torch.int64, device=state.tokens.device))
         state.end.fill_(len(self._prompt))
         self._engine.restart(len(self._prompt), self._clock)
         self.stopped = bool(self._stop_ids.intersection(drawn.tokens[-1:]))
