@@ -29,7 +29,7 @@ from unittest import mock
 
 import pyramid_rt
 from bench.harness import write_json
-from pyramid_rt.decoding.threads import available_cpus
+from pyramid_rt.decoding.place.threads import available_cpus
 
 SMOLLM2 = Path("weights/smollm2")
 PROMPT = (

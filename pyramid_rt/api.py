@@ -13,8 +13,8 @@ import torch
 from pyramid_rt import checks
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.decoding.place import Place, place_for
+from pyramid_rt.decoding.place.threads import check_threads, default_threads
 from pyramid_rt.decoding.state import RoundPlan
-from pyramid_rt.decoding.threads import check_threads, default_threads
 from pyramid_rt.errors import InputError, MemoryPlanError
 from pyramid_rt.loading.defaults import checked_defaults
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, check_family

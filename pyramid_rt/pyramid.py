@@ -12,10 +12,10 @@ from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.decoding.place import CudaPlace, Place, place_for
+from pyramid_rt.decoding.place.threads import check_threads
 from pyramid_rt.decoding.proposers import Proposer, check_proposer, with_proposer
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
-from pyramid_rt.decoding.threads import check_threads
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import BusyError, InputError
 from pyramid_rt.gate import CLOSED, Caller, Gate, Visit

@@ -319,7 +319,7 @@ def test_what_others_hold_is_held_elsewhere() -> None:
     suspended = generator(thing)
     next(suspended)
     assert held_elsewhere(thing)
-    suspended.close()  # type: ignore[attr-defined]
+    suspended.close()
     assert not held_elsewhere(thing)
     go_on = threading.Event()
 

@@ -14,7 +14,7 @@ from helpers.factories import careless
 
 import pyramid_rt
 from pyramid_rt import Pyramid
-from pyramid_rt.decoding.neutral import _SETTINGS, neutral_settings
+from pyramid_rt.decoding.place.neutral import _SETTINGS, neutral_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "import os\n"

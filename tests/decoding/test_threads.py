@@ -13,8 +13,8 @@ import torch
 
 import pyramid_rt
 from pyramid_rt import InputError
-from pyramid_rt.decoding import threads as module
-from pyramid_rt.decoding.threads import (
+from pyramid_rt.decoding.place import threads as module
+from pyramid_rt.decoding.place.threads import (
     ONE_THREAD_BYTES,
     available_cpus,
     check_threads,
@@ -105,7 +105,7 @@ def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(
 # In a process of its own: how long threads spin is decided for a whole process, and for good.
 SLEEPERS = """
 import os, sys, threading, time, torch
-from pyramid_rt.decoding.threads import wait_briefly
+from pyramid_rt.decoding.place.threads import wait_briefly
 
 def sleeps():
     total = 0

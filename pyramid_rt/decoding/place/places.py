@@ -16,8 +16,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from pyramid_rt.decoding.neutral import neutral_settings
-from pyramid_rt.decoding.threads import intra_op_threads, wait_briefly
+from pyramid_rt.decoding.place.neutral import neutral_settings
+from pyramid_rt.decoding.place.threads import intra_op_threads, wait_briefly
 
 P = ParamSpec("P")
 R = TypeVar("R")
