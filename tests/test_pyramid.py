@@ -112,7 +112,7 @@ def test_result_fields(tiny: Loaded) -> None:
     assert stats.tokens_per_second == pytest.approx(20 / stats.seconds)
     assert [tier.name for tier in stats.tiers] == ["draft", "qualifier", "target"]
     assert sum(tier.survived for tier in stats.tiers) == 19
-    assert all(tier.seconds > 0 for tier in stats.tiers)
+    assert [tier for tier in stats.tiers if not (tier.seconds > 0)] == []
     json.dumps(stats.to_dict())
     again = tiny.generate(PROMPT, max_new_tokens=20, temperature=1.0, seed=None)
     assert tiny.generate(PROMPT, max_new_tokens=20, temperature=1.0, seed=again.seed).tokens == again.tokens

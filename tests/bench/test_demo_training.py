@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 
 from bench.demo_training import command as train_demo
 
@@ -46,23 +47,23 @@ def test_the_parts_that_copy_are_found(before: Any, copying: Any, parts: Any) ->
 def test_the_draft_is_a_part_of_the_target(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_demo, "copying_parts", lambda *_: ((1, 1), (4, 0)))
     draft = train_demo.build_draft(target, 3)
-    assert torch.equal(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
+    assert_equal_tensors(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
     ours, theirs = draft.model.layers[0], target.model.layers[1]
-    assert torch.equal(ours.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight[64:])
-    assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight[192:])
-    assert torch.equal(ours.self_attn.o_proj.weight, theirs.self_attn.o_proj.weight[:, 192:])
+    assert_equal_tensors(ours.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight[64:])
+    assert_equal_tensors(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight[192:])
+    assert_equal_tensors(ours.self_attn.o_proj.weight, theirs.self_attn.o_proj.weight[:, 192:])
     gate = ours.mlp.gate_proj.weight
     assert gate.shape == (192, 384)
     # Its channels are some of the target's, each with its own row of `up` and column of `down`.
     at = [int((theirs.mlp.gate_proj.weight == row).all(1).nonzero()) for row in gate]
     assert at == sorted(set(at))
-    assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight[at])
-    assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight[:, at])
+    assert_equal_tensors(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight[at])
+    assert_equal_tensors(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight[:, at])
 
 
 def test_the_qualifier_is_the_target_without_layers(target: Any) -> None:
     qualifier = train_demo.build_qualifier(target, 3)
     for number, kept in enumerate(train_demo.KEPT_LAYERS):
         ours, theirs = qualifier.model.layers[number], target.model.layers[kept]
-        assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
-    assert torch.equal(qualifier.model.norm.weight, target.model.norm.weight)
+        assert_equal_tensors(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
+    assert_equal_tensors(qualifier.model.norm.weight, target.model.norm.weight)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 from helpers.tables import (
     decode_many,
     empirical_joint,
@@ -105,11 +106,11 @@ def test_four_tiers_with_rejection_on_top_are_exact(lower: Any) -> None:
 
 @pytest.mark.parametrize("lower", LOWER, ids=lambda rule: names([rule]))
 def test_match_on_top_gives_the_tokens_of_plain_decoding(lower: Any, plain: dict[int, Tensor]) -> None:
-    assert torch.equal(decode((lower, Match()), None), plain_tokens(plain, 3))
+    assert_equal_tensors(decode((lower, Match()), None), plain_tokens(plain, 3))
 
 
 def test_four_tiers_with_match_on_top_give_the_tokens_of_plain_decoding(plain: dict[int, Tensor]) -> None:
-    assert torch.equal(decode((Rejection(), FUZZY, Match())), plain_tokens(plain, 4))
+    assert_equal_tensors(decode((Rejection(), FUZZY, Match())), plain_tokens(plain, 4))
 
 
 def test_fuzzy_on_top_is_lossy() -> None:

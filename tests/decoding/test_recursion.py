@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 from helpers.tables import VOCAB, TableTier, random_tables
 from torch import Tensor
 
@@ -269,7 +270,7 @@ def test_cached_noise_is_the_direct_noise() -> None:
     rows = _NoiseRows()
     for first, count in ((5, 1), (6, 1), (5, 9), (20, 30), (12, 4), (300, 2), (4, 3)):
         expected = ops.own_noise(seed, torch.arange(first, first + count), 101)
-        assert torch.equal(rows.take(seed, first, torch.Size((count, 101))), expected)
+        assert_equal_tensors(rows.take(seed, first, torch.Size((count, 101))), expected)
 
 
 def test_only_needed_rows_are_kept() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers.equality import assert_equal_tensors
 from helpers.oracle import DEVICE, zeros
 
 from pyramid_rt.kernels import noise
@@ -48,9 +49,9 @@ def test_words(purpose: int, stage: int, position: int) -> None:
         seed, index, position, purpose | stage << 8, words, chosen, uniform, gumbel, enable_fp_fusion=False
     )
     expected = ops.random_words(seed, torch.tensor([position], device=DEVICE), purpose, stage, 128256)[0]
-    assert torch.equal(words, expected[64:128])
-    assert torch.equal(chosen, expected[index.long()])
-    assert torch.equal(uniform, ops.uniform(chosen))
+    assert_equal_tensors(words, expected[64:128])
+    assert_equal_tensors(chosen, expected[index.long()])
+    assert_equal_tensors(uniform, ops.uniform(chosen))
     exact = -torch.log(-torch.log1p(-uniform.double()))
     error = (gumbel.double() - exact).abs() / exact.abs().clamp(min=1.0)
     assert float(error.max()) <= 2 * torch.finfo(torch.float32).eps

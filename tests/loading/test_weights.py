@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import triton
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -91,11 +92,11 @@ def test_packed_matrices_hold_the_stored_tensors(source: Path) -> None:
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
         parts = [stored[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
-        assert torch.equal(layer.qkv.operand, torch.cat(parts))
+        assert_equal_tensors(layer.qkv.operand, torch.cat(parts))
         assert layer.gate_up_bias is not None
         biases = [stored[f"{prefix}mlp.{name}_proj.bias"] for name in ("gate", "up")]
-        assert torch.equal(layer.gate_up_bias, torch.cat(biases))
-    assert torch.equal(model.head.operand, stored["lm_head.weight"])
+        assert_equal_tensors(layer.gate_up_bias, torch.cat(biases))
+    assert_equal_tensors(model.head.operand, stored["lm_head.weight"])
     held = [m for layer in model.layers for m in (layer.out, layer.down, layer.gate_up)]
     assert not any(part.operand.isnan().any() for part in held)
 
@@ -111,8 +112,10 @@ def test_types_are_converted(source: Path, copy: Path, dtype: torch.dtype, store
     save_file(tensors, copy / "model.safetensors")
     model = load(copy, dtype=dtype)
     assert model.embedding.dtype == model.layers[0].qkv.operand.dtype == model.rotary.dtype == dtype
-    assert torch.equal(model.layers[1].down.operand, tensors["model.layers.1.mlp.down_proj.weight"].to(dtype))
-    assert bool(logits(model, dtype).isfinite().all())
+    assert_equal_tensors(
+        model.layers[1].down.operand, tensors["model.layers.1.mlp.down_proj.weight"].to(dtype)
+    )
+    assert_everywhere(logits(model, dtype).isfinite())
 
 
 def test_shards_load_to_the_same_model(source: Path, tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_shards_load_to_the_same_model(source: Path, tmp_path: Path) -> None:
     hf.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
-    assert torch.equal(logits(load(tmp_path)), logits(load(source)))
+    assert_equal_tensors(logits(load(tmp_path)), logits(load(source)))
 
 
 def test_all_problems_are_listed_at_once(copy: Path) -> None:
@@ -154,7 +157,7 @@ def test_problems_are_found_before_anything_is_read(copy: Path) -> None:
 
 def test_harmless_buffers_are_ignored(copy: Path, source: Path) -> None:
     edit_tensors(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
-    assert torch.equal(logits(load(copy)), logits(load(source)))
+    assert_equal_tensors(logits(load(copy)), logits(load(source)))
 
 
 def test_tied_head_may_be_stored_but_must_be_the_embedding(copy: Path) -> None:
@@ -166,7 +169,7 @@ def test_tied_head_may_be_stored_but_must_be_the_embedding(copy: Path) -> None:
     stored = load(copy)
     assert stored.head.operand is stored.embedding
     edit_tensors(copy, lm_head__weight=None)
-    assert torch.equal(logits(load(copy)), logits(stored))
+    assert_equal_tensors(logits(load(copy)), logits(stored))
 
 
 def test_untied_head_must_be_there(copy: Path) -> None:
@@ -220,7 +223,7 @@ def test_a_stale_index_is_no_error_as_long_as_the_tensors_are_there(copy: Path, 
     names = list(load_file(copy / "model.safetensors"))
     stale = {**dict.fromkeys(names[1:], "part.safetensors"), "model.ghost": "part.safetensors"}
     sharded(copy, stale)
-    assert torch.equal(logits(load(copy)), logits(load(source)))
+    assert_equal_tensors(logits(load(copy)), logits(load(source)))
     tensors = load_file(copy / "part.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, copy / "part.safetensors")
@@ -264,7 +267,7 @@ def test_progress_counts_every_byte_once(source: Path) -> None:
 def test_context_beyond_the_checkpoints_is_allowed(source: Path) -> None:
     model = load(source, max_seq=4 * 64)
     assert model.rotary.shape[0] > model.config.max_position_embeddings
-    assert bool(model.rotary.isfinite().all())
+    assert_everywhere(model.rotary.isfinite(), model.rotary)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +312,7 @@ def test_large_float32_matrices_on_a_cpu_are_packed_and_not_held_twice(
         large = {name for name in matrices if isinstance(getattr(layer, name), Packed)}
         assert large == ({"gate_up"} if able else set())
     assert len(taken) == (len(model.layers) if able else 0)
-    assert all(weight.untyped_storage().nbytes() == 0 for weight in taken)
+    assert [weight for weight in taken if weight.untyped_storage().nbytes() != 0] == []
     assert isinstance(load(source, dtype=torch.bfloat16).layers[0].gate_up, Dense)
 
 

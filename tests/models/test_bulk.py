@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 
 import pyramid_rt
 from pyramid_rt.loading.model_tier import ModelTier
@@ -89,4 +90,4 @@ def test_what_is_reused_is_what_the_prompt_alone_would_make(
             if len(given) == 2:
                 assert result.stats.reused_tokens == reused
             caches.append(tier.cache.buffer[:, :, :, :then].clone())  # type: ignore[attr-defined]
-    assert torch.equal(caches[0], caches[1])
+    assert_equal_tensors(caches[0], caches[1])

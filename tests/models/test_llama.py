@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.llamas import (
     SHAPES,
     assert_same,
@@ -133,10 +134,10 @@ def test_rows_past_the_bound_are_not_read_and_only_the_window_is_written(
     for buffer in (*cache.k, *cache.v):
         buffer.fill_(math.nan)
     run(model, cache, tokens_for(model, 10))
-    assert bool(run(model, cache, tokens_for(model, 3), 10).isfinite().all())
+    assert_everywhere(run(model, cache, tokens_for(model, 3), 10).isfinite())
     for buffer in (*cache.k, *cache.v):
-        assert bool(buffer[:, :13].isfinite().all())
-        assert bool(buffer[:, 13:].isnan().all())
+        assert_everywhere(buffer[:, :13].isfinite(), buffer[:, :13])
+        assert_everywhere(buffer[:, 13:].isnan(), buffer[:, 13:])
 
 
 def test_overwritten_rows_decode_as_if_the_first_text_never_was(directories: dict[str, Path]) -> None:
@@ -145,7 +146,7 @@ def test_overwritten_rows_decode_as_if_the_first_text_never_was(directories: dic
     run(model, cache, tokens_for(model, 30, seed=9))
     again = run_windows(model, cache, tokens, [12, 8])
     fresh = run_windows(model, KVCache.allocate(model.config, 512, torch.float32, CPU), tokens, [12, 8])
-    assert torch.equal(again, fresh)
+    assert_equal_tensors(again, fresh)
 
 
 def test_chosen_rows_and_no_rows(directories: dict[str, Path]) -> None:
@@ -158,7 +159,7 @@ def test_chosen_rows_and_no_rows(directories: dict[str, Path]) -> None:
     other = KVCache.allocate(model.config, 512, torch.float32, CPU)
     assert forward(model, other, tokens, start, rows=None, kv_bound=9) is None
     for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v), strict=True):
-        assert torch.equal(a, b)
+        assert_equal_tensors(a, b)
 
 
 def test_the_last_context_row_may_be_overrun_by_the_slack(directories: dict[str, Path]) -> None:
@@ -200,8 +201,9 @@ def test_forward_reads_nothing_back_and_changes_no_input(directories: dict[str, 
         start.item()
     assert first is not None
     assert second is not None
-    assert torch.equal(first, second)
-    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    assert_equal_tensors(first, second)
+    for a, b in zip(before, inputs, strict=True):
+        assert_equal_tensors(a, b)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -212,5 +214,5 @@ def test_sizes_are_those_allocated(directories: dict[str, Path], shape: str) -> 
     assert weight_bytes(model.config, torch.bfloat16) == 2 * hf.num_parameters()
     held = sum(t.nbytes for t in (*cache.k, *cache.v, model.rotary))
     assert cache_bytes(model.config, 100, torch.bfloat16) == held
-    assert all(t.shape == (model.config.num_kv_heads, 164, model.config.head_dim) for t in cache.k)
+    assert [t for t in cache.k if t.shape != (model.config.num_kv_heads, 164, model.config.head_dim)] == []
     assert (model.head.operand is model.embedding) == hf.config.tie_word_embeddings

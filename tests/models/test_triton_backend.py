@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.llamas import (
     SHAPES,
     assert_same,
@@ -154,7 +155,7 @@ def test_long_prefill_goes_in_windows_and_gives_the_same_cache(directories: dict
     assert forward(model, cache, tokens, torch.tensor(0), rows=None, kv_bound=100) is None
     other = KVCache.allocate(model.config, MAX_SEQ, torch.float32, CPU)
     run_windows(model, other, tokens, [64, 36])
-    assert torch.equal(cache.buffer, other.buffer)
+    assert_equal_tensors(cache.buffer, other.buffer)
     last = forward(model, cache, tokens, torch.tensor(0), rows=torch.tensor([99]), kv_bound=100)
     assert last is not None
     assert_same(last.clone(), run_windows(model, other, tokens, [64, 36])[99:])
@@ -168,9 +169,9 @@ def test_padding_rows_and_stale_rows_change_nothing(directories: dict[str, Path]
     stale.buffer.fill_(torch.nan)
     run(model, stale, tokens[:20], 0, kv_bound=120)
     padded = run(model, stale, torch.cat((tokens[20:], torch.full((5,), 3))), 20, kv_bound=MAX_SEQ + 64)[:4]
-    assert torch.equal(padded, expected[20:])
-    assert bool(stale.buffer[:, :, :, :29].isfinite().all())
-    assert bool(stale.buffer[:, :, :, 29:].isnan().all())
+    assert_equal_tensors(padded, expected[20:])
+    assert_everywhere(stale.buffer[:, :, :, :29].isfinite(), stale.buffer[:, :, :, :29])
+    assert_everywhere(stale.buffer[:, :, :, 29:].isnan(), stale.buffer[:, :, :, 29:])
 
 
 def test_planned_bytes_are_those_allocated(directories: dict[str, Path]) -> None:
@@ -228,7 +229,7 @@ def test_a_recorded_pass_can_be_run_again_elsewhere(directories: dict[str, Path]
     assert_same(outputs.rows[1 : 1 + count, :vocab], expected[decided - 1 : decided - 1 + count])
     best = expected[decided - 1 : decided - 1 + count].argmax(-1)
     assert outputs.statistics.best[1 : 1 + count].argmax(-1).tolist() == (best // 64).tolist()
-    assert bool(outputs.rows[0].isnan().all())
+    assert_everywhere(outputs.rows[0].isnan(), outputs.rows[0])
     assert len(launches) == 5 * model.config.num_layers + 2
     start.add_(4)
     first_decided.add_(4)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from helpers.decode_states import BASE, control_of, make_decode_state, open_verify, put_rows, random_rows
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.oracle import DEVICE
 from torch import Tensor
 
@@ -261,8 +262,9 @@ def test_an_inactive_verify_changes_nothing(rule: str) -> None:
     after = [state.control.clone(), state.tokens, state.origin, state.counters]
     # But for the mark of the next outer round.
     after[0][4:8] = before[0][4:8]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert (state.own < 0).all()
+    for a, b in zip(before, after, strict=True):
+        assert_equal_tensors(a, b)
+    assert_everywhere(state.own < 0, state.own)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

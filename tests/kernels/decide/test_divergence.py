@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.decode_states import make_decode_state, open_verify, put_rows, random_rows
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from torch import Tensor
 
 from pyramid_rt.kernels.decide import decision
@@ -27,7 +28,7 @@ def verify_board(p: Tensor, q: Tensor, temperature: float = 0.7) -> DecodeState:
 
 def distances(state: DecodeState, count: int, kind: str, *, processed: bool = False) -> Tensor:
     decision.plan(state, 1, count + 1, "fuzzy", kind=kind, processed=processed, stored=processed).run()
-    assert state.distance[count:].isnan().all()
+    assert_everywhere(state.distance[count:].isnan(), state.distance[count:])
     assert not state.arrivals.any()
     return state.distance[:count].cpu()
 
@@ -132,4 +133,4 @@ def test_equal_entries_at_the_border_of_the_top(kind: str) -> None:
 def test_the_same_bits_again() -> None:
     p, q = pairs(4801)
     first, second = (distances(verify_board(p[2:4], q[2:4]), 2, "js") for _ in range(2))
-    assert torch.equal(first, second)
+    assert_equal_tensors(first, second)

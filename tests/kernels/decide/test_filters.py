@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.decode_states import BASE, make_decode_state, open_verify, put_rows, random_rows
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.oracle import DEVICE
 
 from pyramid_rt.kernels.decide import filters as thresholds
@@ -62,14 +63,14 @@ def check(state: DecodeState, rows: torch.Tensor, *, filters: bool) -> None:
         filters=False,
     )
     kept = (scaled >= state.cut[1, :count, None]) & (scaled > -math.inf)
-    assert torch.equal(kept, processed > -math.inf)
+    assert_equal_tensors(kept, processed > -math.inf)
     exact = processed.double().logsumexp(-1)
     torch.testing.assert_close(state.normaliser[1, :count].double(), exact, rtol=1e-6, atol=2e-6)
     noise = ops.own_noise(state.seed, torch.arange(count, device=DEVICE) + BASE, vocab)
     assert state.own[1, :count].tolist() == (processed + noise).argmax(-1).tolist()
     assert state.non_finite[1, :count].tolist() == [0] * count
-    assert (state.own[1, count:] < 0).all()
-    assert state.normaliser[1, count:].isnan().all()
+    assert_everywhere(state.own[1, count:] < 0, state.own[1, count:])
+    assert_everywhere(state.normaliser[1, count:].isnan(), state.normaliser[1, count:])
     assert not state.arrivals.any()
 
 
@@ -112,7 +113,7 @@ def test_without_filters_only_the_sum_is_taken(vocab: int) -> None:
     check(state, rows, filters=False)
     below = (rows[0].flip(-1) / 1.4).double().logsumexp(-1)
     assert float(state.normaliser[0, 0]) == pytest.approx(float(below), abs=2e-6)
-    assert state.normaliser[0, 1:].isnan().all()
+    assert_everywhere(state.normaliser[0, 1:].isnan(), state.normaliser[0, 1:])
 
 
 def test_a_short_proposal_leaves_the_later_rows_below_alone() -> None:
@@ -161,8 +162,8 @@ def test_rows_past_the_proposal_are_left_alone() -> None:
     state = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
     open_verify(state, [5])
     thresholds.plan(state, 1, 3, draw=False, filters=True).run()
-    assert (state.own[1, :2] >= 0).all()
-    assert (state.own[1, 2:] < 0).all()
+    assert_everywhere(state.own[1, :2] >= 0, state.own[1, :2])
+    assert_everywhere(state.own[1, 2:] < 0, state.own[1, 2:])
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -175,8 +176,8 @@ def test_inactive_verifies_and_draws_are_left_alone(level: int) -> None:
         launch = thresholds.plan(state, level, 3, draw=False, filters=True)
     state.control[live_at(2, level)] = 0
     launch.run()
-    assert (state.own < 0).all()
-    assert state.normaliser.isnan().all()
+    assert_everywhere(state.own < 0, state.own)
+    assert_everywhere(state.normaliser.isnan(), state.normaliser)
     assert not state.arrivals.any()
     state.control[live_at(2, level)] = 1
     launch.run()

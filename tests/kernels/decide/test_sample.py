@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers.decode_states import BASE, control_of, make_decode_state, open_verify, put_rows, random_rows
+from helpers.equality import assert_equal_tensors
 from helpers.oracle import CONFIG, DEVICE, sums_of_squares
 
 from pyramid_rt.kernels.decide import filters as thresholds
@@ -96,7 +97,7 @@ def test_nothing_is_put_at_the_limit_or_where_the_round_is_inactive(why: str) ->
         state.control[live_at(2, 0)] = 0
     before = state.control.clone()
     sample.plan(state, 0, first=False, stored=False).run()
-    assert torch.equal(state.control, before)
+    assert_equal_tensors(state.control, before)
     assert not state.tokens.any()
     assert not state.counters.any()
 
@@ -142,9 +143,9 @@ def test_the_tests_leave_rows_as_the_head_does() -> None:
     )  # fmt: skip
     put_rows(state, 1, rows[:3, :vocab])
     expected = state.statistics_of(1)
-    assert torch.equal(rows[:3], state.rows[1, :3])
-    assert torch.equal(found.peak[:3], expected.peak[:3])
-    assert torch.equal(found.token[:3], expected.token[:3])
+    assert_equal_tensors(rows[:3], state.rows[1, :3])
+    assert_equal_tensors(found.peak[:3], expected.peak[:3])
+    assert_equal_tensors(found.token[:3], expected.token[:3])
     torch.testing.assert_close(found.total[:3], expected.total[:3], rtol=1e-6, atol=0)
     torch.testing.assert_close(found.best[:3], expected.best[:3], rtol=1e-6, atol=1e-6)
 

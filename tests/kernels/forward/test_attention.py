@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from torch import Tensor
 
 from pyramid_rt.kernels.forward import attention
@@ -61,7 +62,7 @@ class Case:
     ) -> Tensor:
         """[T, H D]; asserts that the rest of `out` stays and that the arrivals are left at zero."""
         self.space, out = self.launch(kv_bound or int(self.start) + self.length, config, ancestors)
-        assert out[self.length :].isnan().all()
+        assert_everywhere(out[self.length :].isnan(), out[self.length :])
         assert not self.space.arrivals.any()
         return out[: self.length]
 
@@ -109,7 +110,7 @@ class Case:
         weights = 0.0 if self.q.dtype == torch.float32 else unit
         bound = unit * want.abs() + (weights + 64 * UNIT[torch.float32]) * size
         error = (out.double() - want).abs()
-        assert (error <= bound).all(), (error / bound).max()
+        assert_everywhere(error <= bound, error, about=(error / bound).max())
         assert error.square().mean().sqrt() <= 0.5 * bound.square().mean().sqrt()
 
 
@@ -153,7 +154,7 @@ def test_kv_bound_changes_nothing() -> None:
     case = Case.make(7, 4, 2, 64, 50, torch.float32)
     tight = case.run()
     for kv_bound in (64, 65, 97, 300):
-        assert torch.equal(case.run(kv_bound=kv_bound), tight)
+        assert_equal_tensors(case.run(kv_bound=kv_bound), tight)
 
 
 def test_a_window_past_kv_bound_sees_the_bound_and_frees_the_counters() -> None:
@@ -161,7 +162,7 @@ def test_a_window_past_kv_bound_sees_the_bound_and_frees_the_counters() -> None:
     out = case.run(kv_bound=54)
     short = Case(case.q, case.k, case.v, case.start, 4)
     short.check(out[:4])
-    assert out.isfinite().all()
+    assert_everywhere(out.isfinite(), out)
 
 
 @pytest.mark.parametrize(("position", "head_dim"), [(40, 64), (97, 128), (159, 96)])
@@ -178,7 +179,7 @@ def test_a_row_is_the_same_in_every_window(position: int, head_dim: int) -> None
         window = Case(q, k, v, full.start - place, length)
         got = window.run()[place]
         if DEVICE.type == "cuda":
-            assert torch.equal(got, alone)
+            assert_equal_tensors(got, alone)
         torch.testing.assert_close(got, alone, rtol=2e-6, atol=2e-6)
 
 
@@ -209,7 +210,7 @@ def test_partials_are_folded_in_ascending_order(start: int) -> None:
     _, total, result = fold([fold(splits[i : i + FAN]) for i in range(0, count, FAN)])
     folded = torch.from_numpy(result / total[:, None])
     if DEVICE.type == "cpu":
-        assert torch.equal(out, folded)
+        assert_equal_tensors(out, folded)
     else:
         torch.testing.assert_close(out.cpu(), folded, rtol=1e-6, atol=1e-6)
 
@@ -220,7 +221,7 @@ def test_tree_mask_written_out() -> None:
         torch.tensor(2), torch.tensor([1, 3, 5 | 1 << 5]), 6, 1, torch.float32, length=3
     )
     assert (mask == 0).int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]
-    assert torch.equal(mask.isinf(), mask != 0)
+    assert_equal_tensors(mask.isinf(), mask != 0)
 
 
 def random_tree(length: int) -> Tensor:
@@ -250,13 +251,13 @@ def test_a_chain_drawn_as_a_tree_gives_the_chain() -> None:
     case = Case.make(64, 2, 2, 64, 60, torch.float32)
     bits = [(2 << row) - 1 for row in range(64)]
     ancestors = torch.tensor([b - (1 << 64) if b >> 63 else b for b in bits], device=DEVICE)
-    assert torch.equal(case.run(ancestors=ancestors), case.run())
+    assert_equal_tensors(case.run(ancestors=ancestors), case.run())
 
 
 def test_a_row_that_sees_nothing_is_zero() -> None:
     case = Case.make(3, 2, 1, 64, 0, torch.float32)
     out = case.run(ancestors=torch.tensor([1, 0, 5] + [0] * 61, device=DEVICE))
-    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert_equal_tensors(out[1], torch.zeros_like(out[1]))
     torch.testing.assert_close(out[0].view(2, 64), case.v[:, 0].expand(2, 64))
 
 
@@ -293,14 +294,14 @@ def test_a_workspace_serves_every_smaller_call() -> None:
     largest = sizes(64, 131072)
     assert largest == (8 * 4 * 117 * 64 * 128, 8 * 4 * 117 * 128, 8 * 4 * 14)
     for length, kv_bound in ((1, 1), (16, 131072), (17, 9000), (64, 500)):
-        assert all(a <= b for a, b in zip(sizes(length, kv_bound), largest, strict=True))
+        assert [(a, b) for a, b in zip(sizes(length, kv_bound), largest, strict=True) if not (a <= b)] == []
 
 
 def test_scale_and_softmax_stand_large_scores() -> None:
     case = Case.make(2, 2, 1, 64, 60, torch.float32)
     case.q *= 300
     out = case.run()
-    assert out.isfinite().all()
+    assert_everywhere(out.isfinite(), out)
     best = (case.q[1, 0] @ case.k[0, :62].T).argmax()
     torch.testing.assert_close(out[1, :64], case.v[0, best], rtol=1e-3, atol=1e-3)
     assert math.isfinite(float(out.sum()))

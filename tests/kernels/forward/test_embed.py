@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 from helpers.oracle import DEVICE, DTYPES, LENGTHS, assert_untouched, poisoned, random, sums_of_squares, zeros
 
 from pyramid_rt.kernels.forward import embed
@@ -20,9 +21,9 @@ def test_matches_reference(dtype: torch.dtype, length: int, width: int) -> None:
     out, sumsq = poisoned(64, width, dtype=dtype), poisoned(-(-width // 64), 64, dtype=torch.float32)
     norm, scaled = random(width, dtype=dtype, seed=1), poisoned(64, width, dtype=dtype)
     embed.run(table, tokens, norm, length, out, scaled, sumsq)
-    assert torch.equal(out[:length], reference.embedding(table, tokens[:length]))
+    assert_equal_tensors(out[:length], reference.embedding(table, tokens[:length]))
     assert_untouched(out[length:])
-    assert torch.equal(scaled[:length], out[:length] * norm)
+    assert_equal_tensors(scaled[:length], out[:length] * norm)
     assert_untouched(scaled[length:])
     torch.testing.assert_close(sumsq[:, :length], sums_of_squares(out, length)[:, :length], rtol=1e-6, atol=0)
     assert_untouched(sumsq[:, length:])
@@ -33,7 +34,7 @@ def test_strided_rows_and_a_longer_token_buffer() -> None:
     tokens = torch.arange(100, device=DEVICE) % 9
     norm, scaled = torch.ones(80, device=DEVICE), zeros(64, 96)[:, :80]
     embed.run(table, tokens[3:], norm, 5, out, scaled, zeros(2, 64))
-    assert torch.equal(out[:5], table[3:8])
+    assert_equal_tensors(out[:5], table[3:8])
 
 
 def test_a_window_begins_where_the_device_says() -> None:
@@ -42,7 +43,7 @@ def test_a_window_begins_where_the_device_says() -> None:
     start = torch.tensor(61, device=DEVICE)
     norm = torch.ones(80, device=DEVICE)
     embed.run(table, tokens, norm, 17, out, zeros(64, 80), zeros(2, 64), start)
-    assert torch.equal(out[:17], table[tokens[61:78]])
+    assert_equal_tensors(out[:17], table[tokens[61:78]])
     assert_untouched(out[17:])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.oracle import (
     CONFIG,
     DEVICE,
@@ -53,7 +54,7 @@ def check_statistics(found: head.TileStatistics, logits: Tensor, scores: Tensor,
     for tile in range(found.peak.shape[1]):
         part, score = (t[:, tile * block : (tile + 1) * block] for t in (logits, scores))
         peak = part.amax(-1)
-        assert torch.equal(found.peak[:count, tile], peak)
+        assert_equal_tensors(found.peak[:count, tile], peak)
         shift = torch.where(peak.isinf(), 0.0, peak)
         total = (part - shift.unsqueeze(1)).double().exp().sum(-1)
         torch.testing.assert_close(found.total[:count, tile].double(), total, rtol=1e-5, atol=0)
@@ -61,7 +62,7 @@ def check_statistics(found: head.TileStatistics, logits: Tensor, scores: Tensor,
         assert found.token[:count, tile].tolist() == (score.argmax(-1) + tile * block).tolist()
     for buffer in (found.peak, found.total, found.best):
         assert_untouched(buffer[count:])
-    assert (found.token[count:] == -7).all()
+    assert_everywhere(found.token[count:] == -7, found.token[count:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,9 +93,9 @@ def test_matches_reference(
             reference.rms_norm(x[rows].to(kind), norm.to(kind), EPS), weight[:vocab].to(kind)
         )
 
-    assert torch.equal(out[:count, :vocab], out[:count, :vocab].to(dtype).float())
+    assert_equal_tensors(out[:count, :vocab], out[:count, :vocab].to(dtype).float())
     assert_near(out[:count, :vocab].to(dtype), apply(torch.float64), apply(dtype))
-    assert (out[:count, vocab:] == -math.inf).all()
+    assert_everywhere(out[:count, vocab:] == -math.inf, out[:count, vocab:])
     assert_untouched(out[count:])
     scores = out[:count]
     if temperature:
@@ -129,12 +130,12 @@ def test_placed_rows_are_the_listed_ones_somewhere_else(
     head.run(x * norm, sums, EPS, weight, place, vocab, out, found, drawn, CONFIG)
     begin = decided - first
     kept = min(count, capacity - begin)
-    assert torch.equal(out[begin : begin + kept], expected[:kept])
+    assert_equal_tensors(out[begin : begin + kept], expected[:kept])
     assert_untouched(out[:begin])
     assert_untouched(out[begin + kept :])
     for name in ("peak", "total", "best", "token"):
         ours, theirs = getattr(found, name), getattr(listed, name)
-        assert torch.equal(ours[begin : begin + kept], theirs[:kept])
+        assert_equal_tensors(ours[begin : begin + kept], theirs[:kept])
         rest = torch.cat((ours[:begin], ours[begin + kept :]))
         assert bool((rest == -7).all() if name == "token" else rest.isnan().all())
 
@@ -198,7 +199,7 @@ def test_words_are_those_of_the_reference(position: int) -> None:
     expected = sampling_reference.random_words(
         seed_words(), positions, sampling_reference.PURPOSE_OWN, 0, 256
     )
-    assert torch.equal(words, expected[0])
+    assert_equal_tensors(words, expected[0])
 
 
 def test_gumbel_noise_at_both_ends() -> None:

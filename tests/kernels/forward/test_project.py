@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors
 from helpers.oracle import (
     CONFIG,
     DTYPES,
@@ -36,7 +37,7 @@ def compute(
     norm, scaled = random(channels, dtype=weight.dtype, seed=4), poisoned(64, channels, dtype=weight.dtype)
     project.run(x, weight, bias, residual, norm, length, out, scaled, sumsq, space, config)
     assert not space.counters.any()
-    assert torch.equal(scaled[:length], out[:length] * norm)
+    assert_equal_tensors(scaled[:length], out[:length] * norm)
     assert_untouched(scaled[length:])
     return out, sumsq
 
@@ -75,7 +76,7 @@ def test_in_place() -> None:
     sumsq = poisoned(2, 64, dtype=torch.float32)
     scaled, space = poisoned(64, 128, dtype=torch.float32), workspace(128, CONFIG)
     project.run(x, weight, None, residual, residual[0].clone(), 5, residual, scaled, sumsq, space, CONFIG)
-    assert torch.equal(residual[:5], expected[:5])
+    assert_equal_tensors(residual[:5], expected[:5])
 
 
 def test_two_tiles_of_channels_in_a_program() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from torch import Tensor
 
 from pyramid_rt.kernels.reference import forward as reference
@@ -26,7 +27,7 @@ def assert_close(actual: Tensor, exact: Tensor, bound: Tensor | float) -> None:
     """|actual - exact| <= bound everywhere, and its RMS well inside: a bound on the maximum alone hides bias."""
     error = (actual.double() - exact).abs()
     limit = torch.as_tensor(bound, dtype=torch.float64)
-    assert (error <= limit).all(), float((error / limit).max())
+    assert_everywhere(error <= limit, error, about=float((error / limit).max()))
     assert error.square().mean().sqrt() <= 0.5 * limit.square().mean().sqrt()
 
 
@@ -45,7 +46,8 @@ def test_linear(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert_close(out, exact, bound)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight), strict=True))
+    for a, b in zip(before, (x, weight), strict=True):
+        assert_equal_tensors(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +64,7 @@ def test_rms_norm_rounds_as_transformers(dtype: torch.dtype) -> None:
     assert_close(out, exact, 3 * unit_roundoff(dtype) * exact.abs() + 1e-12)
     if dtype != torch.float32:
         # Two roundings at the same places; a float32 sum in another order does not reach these bits.
-        assert torch.equal(out, oracle(x).detach())
+        assert_equal_tensors(out, oracle(x).detach())
 
 
 def float64_angles(kind: str, positions: Tensor, head_dim: int, entries: dict[str, float]) -> Tensor:
@@ -175,9 +177,9 @@ def test_write_cache_touches_its_rows_alone() -> None:
     cache = torch.full((2, 10, 4), float("nan"))
     values = normal(3, 2, 4)
     reference.write_cache(cache, values, torch.tensor([4, 5, 6]))
-    assert torch.equal(cache[:, 4:7], values.transpose(0, 1))
-    assert cache[:, :4].isnan().all()
-    assert cache[:, 7:].isnan().all()
+    assert_equal_tensors(cache[:, 4:7], values.transpose(0, 1))
+    assert_everywhere(cache[:, :4].isnan(), cache[:, :4])
+    assert_everywhere(cache[:, 7:].isnan(), cache[:, 7:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +225,7 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     exact = gate / (1 + torch.exp(-gate)) * up
     before = joint.clone()
     assert_close(reference.silu_mul(joint), exact, 3 * unit_roundoff(dtype) * exact.abs() + 1e-7)
-    assert torch.equal(joint, before)
+    assert_equal_tensors(joint, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,7 +233,7 @@ def test_embedding_and_lm_head(dtype: torch.dtype) -> None:
     table = normal(29, 16, dtype=dtype)
     tokens = torch.tensor([28, 0, 3, 3])
     x = reference.embedding(table, tokens)
-    assert torch.equal(x, table[tokens])
+    assert_equal_tensors(x, table[tokens])
     logits = reference.lm_head(x, table)
     exact = x.double() @ table.double().t()
     assert logits.dtype == torch.float32

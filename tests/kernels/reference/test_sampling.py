@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from torch import Tensor
 
 from pyramid_rt.kernels.reference import sampling as ops
@@ -67,13 +68,13 @@ def test_streams_are_disjoint() -> None:
 def test_words_do_not_depend_on_how_many_are_asked_for() -> None:
     positions = torch.arange(5, 9)
     many = ops.random_words(SEED, positions, 0, 0, 103)
-    assert torch.equal(ops.random_words(SEED, positions[2:3], 0, 0, 50), many[2:3, :50])
+    assert_equal_tensors(ops.random_words(SEED, positions[2:3], 0, 0, 50), many[2:3, :50])
 
 
 def test_noise_is_finite_at_both_ends_and_accurate() -> None:
     words = torch.tensor([0, 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1])
     noise = ops.gumbel(words)
-    assert noise.isfinite().all()
+    assert_everywhere(noise.isfinite(), noise)
     u = np.minimum((words.numpy().astype(np.float32) + np.float32(0.5)) * np.float64(2.0**-32), 1 - 2.0**-24)
     expected = -np.log(-np.log1p(-u))
     np.testing.assert_allclose(noise.numpy(), expected, rtol=3e-7)
@@ -118,13 +119,13 @@ def test_filters_against_brute_force(k: int, p: float, min_p: float) -> None:
         expected = brute_force_filter(logits[row].tolist(), k, p, min_p)
         assert stands == {i for i in expected if logits[row, i] > -math.inf}
         kept = torch.tensor(sorted(stands))
-        assert torch.equal(out[row, kept], logits[row, kept])
+        assert_equal_tensors(out[row, kept], logits[row, kept])
 
 
 def test_temperature_zero_keeps_the_argmax_and_is_one_hot() -> None:
     logits = torch.tensor([[0.5, 2.0, 2.0, -1.0]])
     off = (scalar(0, torch.int64), scalar(1.0), scalar(0.0))
-    assert torch.equal(ops.process_logits(logits, scalar(0.0), *off, filters=False), logits)
+    assert_equal_tensors(ops.process_logits(logits, scalar(0.0), *off, filters=False), logits)
     assert ops.one_hot_logprobs(logits).tolist() == [[-math.inf, 0.0, -math.inf, -math.inf]]
 
 
@@ -180,6 +181,6 @@ def test_residual_token() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]]).log()
     q = torch.tensor([[0.6, 0.1, 0.3]]).log()
     noise = ops.gumbel(ops.random_words(SEED, torch.arange(200), ops.PURPOSE_RESIDUAL, 0, 3))
-    assert (ops.residual_token(p.expand(200, 3), q.expand(200, 3), noise) == 1).all()
+    assert_everywhere(ops.residual_token(p.expand(200, 3), q.expand(200, 3), noise) == 1)
     same = ops.residual_token(p.expand(200, 3), p.expand(200, 3), noise)
-    assert torch.equal(same, (p + noise).argmax(-1))
+    assert_equal_tensors(same, (p + noise).argmax(-1))
