@@ -217,7 +217,7 @@ def merged_options(params: SamplingParams | None, options: Mapping[str, Any]) ->
 
 
 def _hint(name: object) -> str:
-    """What may have been meant by the name of an option that there is not."""
+    """A hint at what may have been meant by the name of an option that there is not."""
     if name in _NOT_OFFERED:
         return _NOT_OFFERED[str(name)]
     meant = _CALLED_HERE.get(str(name))

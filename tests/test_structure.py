@@ -19,7 +19,10 @@ GRAPH = import_graph(MODULES)
 MOST_MODULES = 17
 
 # The face has two storeys: what every room may name, and what stands above decoding and loading.
-RECORDS = {f"pyramid_rt.{name}" for name in ("errors", "gate", "params", "result", "stats", "streaming")}
+# Reading and writing of JSON files, which leans on errors alone: a record in all but its place.
+RECORDS = {"pyramid_rt.loading.json_files"} | {
+    f"pyramid_rt.{name}" for name in ("checks", "errors", "gate", "params", "result", "stats", "streaming")
+}
 # Rooms of pyramid_rt, each with those below it that it may import; kernels and models lie below all of them.
 BELOW = {
     "text": set(),
@@ -36,6 +39,8 @@ def room_of(module: str) -> str:
     """The room of a module of pyramid_rt: "records" and "face" for its top level."""
     if module in RECORDS:
         return "records"
+    if module == "pyramid_rt.__main__":
+        return "cli"
     name = module.removeprefix("pyramid_rt").removeprefix(".").split(".")[0]
     return name if f"pyramid_rt.{name}" in MODULES and (ROOT / "pyramid_rt" / name).is_dir() else "face"
 
