@@ -191,7 +191,7 @@ class Pyramid:
         self._free(visit)
 
     def _free(self, visit: Visit) -> None:
-        """What `close` does once its turn has come."""
+        """The work of `close`, once its turn has come."""
         self._gate.shut()
         try:
             with self.place.work():
@@ -338,7 +338,7 @@ class Pyramid:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        """What healing searches; made at its first use."""
+        """The pieces that healing searches; made at its first use."""
         return pieces_of(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     # Decoding
