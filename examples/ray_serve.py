@@ -50,7 +50,7 @@ class Replica:
 
 
 def application(weights: str, device: str | None, replicas: int, waiting: int) -> Any:
-    """What `serve.run` takes: so many replicas, a GPU for each where there are GPUs."""
+    """The application for `serve.run`: so many replicas, a GPU for each where there are GPUs."""
     on_gpu = torch.cuda.is_available() and device != "cpu"
     deployment = Replica.options(
         num_replicas=replicas,

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, checked: sizes, constants and ids of one Llama-like model."""
+"""A checkpoint's config, checked: sizes, constants and ids of one Llama-like model."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pyramid_rt.models.rope import read_rope
 
 @dataclass(frozen=True, slots=True)
 class Biases:
-    """Which matrices have a bias: of Q, K and V; of attention's output; of the MLP."""
+    """The matrices that have a bias: of Q, K and V; of attention's output; of the MLP."""
 
     qkv: bool = False
     out: bool = False
@@ -27,7 +27,7 @@ class Biases:
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """What a family calls its tensors.
+    """A family's names of its tensors.
 
     Attributes:
         embedding, norm, head: the outer ones.

@@ -41,12 +41,12 @@ class Matrix(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device that holds it."""
         ...
 
     @property
     def operand(self) -> Tensor:
-        """What a kernel reads: [rows, columns] in the activations' type. TypeError: no kernel takes this kind."""
+        """The tensor for kernels: [rows, columns] in the activations' type. TypeError: no kernel takes this kind."""
         ...
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -128,12 +128,12 @@ class Packed:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is `Packed` for matrices of this kind: float32 on a CPU, where torch was built with oneDNN."""
+    """True where there is `Packed` for matrices of this kind: float32 on a CPU, where torch was built with oneDNN."""
     # torch's compiler calls these two; they are not part of its public interface.
     there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return device.type == "cpu" and dtype == torch.float32 and there and torch.backends.mkldnn.is_available()
 
 
 def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the `torch` backend computes with a packed copy of such a matrix."""
+    """True where the `torch` backend computes with a packed copy of such a matrix."""
     return rows * columns * dtype.itemsize >= PACKED_BYTES and can_pack(device, dtype)

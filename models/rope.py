@@ -72,7 +72,7 @@ def _kind(values: Mapping[str, Any]) -> object:
 
 
 def _changes(kind: RopeKind, key: str, value: object) -> bool:
-    """Whether an entry that is not read here would change the computation."""
+    """True where an entry that is not read here would change the computation."""
     if value is None or key in _COMMON_ENTRIES:
         return False
     if key == "partial_rotary_factor":  # 1.0 is written out by some exporters and means nothing

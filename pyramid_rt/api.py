@@ -11,6 +11,7 @@ from typing import Unpack
 import torch
 
 from pyramid_rt import checks
+from pyramid_rt.decoding.chains import build_plan
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
 from pyramid_rt.decoding.place import Place, place_for
 from pyramid_rt.decoding.place.threads import check_threads, default_threads
@@ -25,7 +26,7 @@ from pyramid_rt.models.backends.choice import check_backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import weight_bytes
 from pyramid_rt.params import Options, SamplingParams, merged_options
-from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid, build_plan
+from pyramid_rt.pyramid import GraphKind, Prompt, Pyramid
 from pyramid_rt.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

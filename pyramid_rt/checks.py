@@ -120,7 +120,7 @@ def path(name: str, value: Any) -> Path:
 
 
 def sequence(name: str, value: Any, of: str) -> list[Any]:
-    """What stands in an ordered collection, unchecked; `of` says in the plural what was expected.
+    """The items of an ordered collection, unchecked; `of` says in the plural what was expected.
 
     Lists, tuples, ranges, arrays and tensors of one dimension; not a string, bytes, a set or a mapping.
     """

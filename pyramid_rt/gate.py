@@ -25,7 +25,7 @@ _SEARCH_DEPTH = 5
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a thread, and where it runs an event loop, the task in it."""
+    """The one who asks: a thread, and where it runs an event loop, the task in it."""
 
     thread: weakref.ref[threading.Thread]
     task: weakref.ref[asyncio.Task[Any]] | None
@@ -39,12 +39,12 @@ class Caller:
         return cls(weakref.ref(threading.current_thread()), None if task is None else weakref.ref(task))
 
     def same_thread(self, other: Caller) -> bool:
-        """Whether both are of one thread that still lives."""
+        """True where both are of one thread that still lives."""
         mine = self.thread()
         return mine is not None and mine is other.thread()
 
     def same_task(self, other: Caller) -> bool:
-        """Whether both are of one task that still lives."""
+        """True where both are of one task that still lives."""
         mine = None if self.task is None else self.task()
         return mine is not None and other.task is not None and mine is other.task()
 
@@ -71,11 +71,11 @@ class Visit:
 
     @property
     def needs_reader(self) -> bool:
-        """Whether it goes on only when it is asked to."""
+        """True where it goes on only when it is asked to."""
         return self._reads is not None
 
     def stream(self) -> object | None:
-        """What is read, while that is there."""
+        """The stream that is read, while it is there."""
         return None if self._reads is None else self._reads()
 
     def wake(self) -> None:
@@ -160,7 +160,7 @@ class Gate:
         self._wait(last, caller, blocking=True, until=None)
 
     def holder(self) -> Visit | None:
-        """Who is inside."""
+        """The visit that is inside."""
         return self._holder
 
     def refuse_deadlock(self, caller: Caller, *, blocking: bool, patient: bool = True) -> None:
@@ -219,7 +219,7 @@ class Gate:
 
 
 def held_elsewhere(thing: object) -> bool:
-    """Whether anything but the running functions of this thread seems to refer to `thing`, directly or not.
+    """True where anything but the running functions of this thread seems to refer to `thing`, directly or not.
 
     What a running function of another thread keeps in a variable counts, and a function that is suspended, since
     another thread may go on with it. May say so wrongly, where the trail is long; never the opposite, but for what
@@ -264,7 +264,7 @@ def _is_running(thing: object) -> bool:
 
 
 def _is_root(thing: object) -> bool:
-    """What may be reached from anywhere: a module's variables, a function that is suspended."""
+    """True for what may be reached from anywhere: a module's variables, a function that is suspended."""
     if isinstance(thing, GeneratorType | CoroutineType | AsyncGeneratorType):
         return not _is_running(thing)
     return isinstance(thing, dict) and "__builtins__" in thing

@@ -192,7 +192,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Whether top-k, top-p or min-p is on."""
+        """True where top-k, top-p or min-p is on."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property
@@ -217,7 +217,7 @@ def merged_options(params: SamplingParams | None, options: Mapping[str, Any]) ->
 
 
 def _hint(name: object) -> str:
-    """What may have been meant by the name of an option that there is not."""
+    """A hint at what may have been meant by the name of an option that there is not."""
     if name in _NOT_OFFERED:
         return _NOT_OFFERED[str(name)]
     meant = _CALLED_HERE.get(str(name))

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal, Unpack
 
+from pyramid_rt import checks
+from pyramid_rt.decoding.chains import build_plan, checked_chain
 from pyramid_rt.decoding.engine import Engine, by_kernels
 from pyramid_rt.decoding.graphs import CudaRecorder, Recorder
 from pyramid_rt.decoding.methods import best_method, methods_for, rules_of, tiers_of
@@ -80,29 +82,27 @@ class Pyramid:
         place: Place | None = None,
         threads: int | None = None,
     ) -> None:
-        if not tiers:
-            raise InputError("a pyramid needs at least one tier")
-        names = [tier.name for tier in tiers]
-        if len(set(names)) < len(names):
-            raise InputError(f"tiers need different names, found {', '.join(names)}")
-        if rules is not None and len(rules) != len(tiers) - 1:
-            raise InputError(
-                f"{len(tiers)} tiers need {len(tiers) - 1} rules between them, found {len(rules)}"
-            )
-        if control not in (None, "host", "device"):
-            raise InputError(f"control must be 'host' or 'device', found {control!r}")
+        tiers, rules = checked_chain(tiers, rules)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            raise InputError(f"tokenizer must be a Tokenizer, found {checks.shown(tokenizer)}")
+        if control is not None:
+            control = checks.choice("control", control, ("host", "device"))
         self.tiers: tuple[Tier, ...] = with_proposer(tiers)
-        self.rules = None if rules is None else tuple(rules)
+        self.rules = rules
         self.tokenizer, self.memory_plan = tokenizer, plan
         self.device = self.tiers[-1].device
         self.place = place or place_for(self.device, check_threads(threads))
         self.control = control or ("host" if self.device.type == "cpu" else "device")
-        self.vocab_size = vocab_size or min(tier.vocab_size for tier in self.tiers)
-        self.eos_token_ids = tuple(eos_token_ids)
+        most = min(tier.vocab_size for tier in self.tiers)
+        self.vocab_size = most if vocab_size is None else checks.whole("vocab_size", vocab_size, 1, most)
+        ids = checks.sequence("eos_token_ids", eos_token_ids, "token ids")
+        self.eos_token_ids = tuple(token_ids("eos_token_ids", ids, self.vocab_size))
+        if not isinstance(defaults, Mapping | None):
+            raise InputError(f"defaults must be options by name, found {checks.shown(defaults)}")
         self.defaults = dict(defaults or {})
         SamplingParams.build({}, self.defaults)
         self._gate = Gate()
-        self.prefix_reuse = prefix_reuse
+        self.prefix_reuse = checks.flag("prefix_reuse", prefix_reuse)
         self._recorder = self._choose_recorder(graphs, recorder)
         self._stepwise = graphs == "step"
         self._kept: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
@@ -191,7 +191,7 @@ class Pyramid:
         self._free(visit)
 
     def _free(self, visit: Visit) -> None:
-        """What `close` does once its turn has come."""
+        """The work of `close`, once its turn has come."""
         self._gate.shut()
         try:
             with self.place.work():
@@ -338,7 +338,7 @@ class Pyramid:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        """What healing searches; made at its first use."""
+        """The pieces that healing searches; made at its first use."""
         return pieces_of(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     # Decoding
@@ -387,30 +387,3 @@ class Pyramid:
                 with self.place.work():
                     for _ in stream:
                         pass
-
-
-def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control: bool) -> RoundPlan:
-    """The plan of a chain of rules: its lengths, and how many inner rounds make an outer one.
-
-    Raises InputError: lengths that do not fit the chain, or a window over 64.
-    """
-    stages = len(rules)
-    lengths = params.lengths
-    if lengths is None:
-        if stages > 2:
-            raise InputError(f"a chain of {stages + 1} tiers needs the option lengths, {stages} of them")
-        lengths = (params.draft_length, params.qualifier_length)[:stages]
-    elif len(lengths) != stages:
-        raise InputError(f"lengths must have one entry per stage, {stages} here, found {len(lengths)}")
-    inner_rounds = params.inner_rounds
-    if inner_rounds is None and not host_control and stages > 1:
-        inner_rounds = -(-lengths[1] // (lengths[0] + 1))
-    return RoundPlan(
-        rules=rules,
-        lengths=lengths,
-        inner_rounds=inner_rounds,
-        host_control=host_control,
-        sampled=params.temperature > 0,
-        filters=params.filters,
-        logprobs=params.logprobs,
-    )

@@ -62,7 +62,7 @@ class Request:
 
     @property
     def lossless(self) -> bool:
-        """Whether the target's own rule lets only the target's own tokens stand."""
+        """True where the target's own rule lets only the target's own tokens stand."""
         return all(rule.lossless for rule in self.plan.rules[-1:])
 
 
@@ -179,7 +179,7 @@ class Run:
         self._generation.close()
 
     def flush(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text held back, now that nothing follows."""
         return self._text.flush() if self._text is not None else ""
 
     @inside

@@ -20,7 +20,7 @@ Work = Generator[str, None, "GenerationResult"]
 
 
 class Ending:
-    """Whether a call is to end before its text does. Set from any thread, looked at between rounds.
+    """The wish that a call end before its text does. Set from any thread, looked at between rounds.
 
     Apart from the stream, so that the work, which the stream holds, need not hold the stream.
 

@@ -1,4 +1,4 @@
-"""What a closed pyramid leaves behind: nothing, and the system has its memory back."""
+"""A closed pyramid leaves nothing behind, and the system has its memory back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a generation gives back, as text, in a terminal and as JSON."""
+"""A generation's result as text, in a terminal and as JSON."""
 
 from __future__ import annotations
 

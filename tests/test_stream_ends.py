@@ -25,7 +25,7 @@ SHORT: dict[str, Any] = {"max_new_tokens": 3, "ignore_eos": True}
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    """What is freed here is freed by its last reference."""
+    """Objects freed here are freed by its last reference."""
     gc.collect()
     gc.disable()
     yield

@@ -39,6 +39,8 @@ def room_of(module: str) -> str:
     """The room of a module of pyramid_rt: "records" and "face" for its top level."""
     if module in RECORDS:
         return "records"
+    if module == "pyramid_rt.__main__":
+        return "cli"
     name = module.removeprefix("pyramid_rt").removeprefix(".").split(".")[0]
     return name if f"pyramid_rt.{name}" in MODULES and (ROOT / "pyramid_rt" / name).is_dir() else "face"
 

@@ -45,7 +45,7 @@ def check_backend(name: str, device: torch.device) -> None:
 
 
 def exactness(name: str, dtype: torch.dtype) -> str:
-    """How the output of a lossless method compares with plain decoding, in a sentence for people.
+    """A lossless method's output beside plain decoding's, in a sentence for people.
 
     Kernels add in one order whatever a window's width. torch's libraries do not: in the wider window of a verify two
     scores can be rounded to the other order, and the coarser the type, the further apart they may lie.

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from pyramid_rt.decoding.chains import build_plan
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, rules_of
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.pyramid import build_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ def test_asyncio_works_in_the_place_of_the_pyramid_in_another_thread(
 def test_a_whole_call_comes_in_once(
     tiny_dir: Path, made: list[RecordingPlace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What surrounds an entry (streams, threads, settings) is then paid for once a call, not once a round."""
+    """The surroundings of an entry (streams, threads, settings) are then paid for once a call, not once a round."""
     rt = pyramid_rt.load(tiny_dir, device="cpu")
     rt.prepare(**OPTIONS)
     outermost: list[int] = []

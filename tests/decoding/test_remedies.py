@@ -1,4 +1,4 @@
-"""What a failed capture tells its user to do."""
+"""Remedies that a failed capture tells its user."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ print(arranged, spinning, regions(), threading.active_count() == alone)
 
 
 def sleepers(threads: int, **environment: str) -> tuple[bool, int, int, bool]:
-    """Whether short waits were arranged, how often a waiting thread slept before and after, nothing else seen."""
+    """Short waits arranged or not, how often a waiting thread slept before and after, nothing else seen."""
     import os
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}

@@ -93,7 +93,7 @@ class Workspace:
 
 @dataclass
 class Report:
-    """What a run found.
+    """The findings of a run.
 
     Attributes:
         cases: how many were run.
@@ -162,7 +162,7 @@ def _bound_memory() -> None:
 
 
 def _judge(case: Case, place: Workspace) -> str | None:
-    """What is wrong with what a case did; None where nothing is."""
+    """The fault in what a case did; None where there is none."""
     before = _files(place.folder)
     threads, dtype = threading.active_count(), torch.get_default_dtype()
     begin = time.process_time()
@@ -181,7 +181,7 @@ def _judge(case: Case, place: Workspace) -> str | None:
 
 
 def _comes_down_to(threads: int) -> bool:
-    """Whether no more threads are left than there were; one that has been told to end gets a moment."""
+    """True if no more threads are left than there were; one that has been told to end gets a moment."""
     for _ in range(100):
         if threading.active_count() <= threads:
             return True

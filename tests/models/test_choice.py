@@ -1,4 +1,4 @@
-"""What is said of a backend: whether it can run, and what holds for its output."""
+"""Statements about a backend: it can run or not, and what holds for its output."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -15,7 +16,7 @@ from pyramid_rt.text.detokenizer import TextAssembler
 from pyramid_rt.text.healing import Pieces, Prefix, pieces_of, take_back
 from pyramid_rt.text.tokenizer import Tokenizer
 
-KINDS = {"bytes": byte_level, "fallback": byte_fallback}
+KINDS: dict[str, Any] = {"bytes": byte_level, "fallback": byte_fallback}
 
 
 @pytest.fixture(params=KINDS)

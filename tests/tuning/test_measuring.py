@@ -78,7 +78,7 @@ def test_divergences_are_those_between_the_tiers(on: str) -> None:
 
 
 def test_passes_are_timed_as_rounds_run_them() -> None:
-    """Where rounds are graphs, what is timed is their replay: here twice as fast as the pass that was captured."""
+    """Rounds that are graphs are timed by their replay: here twice as fast as the pass that was captured."""
     clock = FakeClock()
 
     class Recorder:

@@ -1,4 +1,4 @@
-"""What a problem is: one op with inputs, run on any window of its rows and held against float64.
+"""A problem: one op with inputs, run on any window of its rows and held against float64.
 
 Every problem has `ROWS` neighbouring rows. A window (first, length) is rows first .. first + length - 1, so row
 63 can stand at each place of windows of every length: the same object serves correctness, batch invariance and
