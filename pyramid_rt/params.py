@@ -192,7 +192,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Whether top-k, top-p or min-p is on."""
+        """True where top-k, top-p or min-p is on."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property

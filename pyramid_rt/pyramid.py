@@ -338,7 +338,7 @@ class Pyramid:
 
     @cached_property
     def _pieces(self) -> Pieces:
-        """What healing searches; made at its first use."""
+        """The vocabulary as healing searches it; made at its first use."""
         return pieces_of(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     # Decoding

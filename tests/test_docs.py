@@ -75,6 +75,8 @@ def test_options_page_names_every_option() -> None:
     assert sorted(listed) == sorted(typing.get_type_hints(Options))
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(SamplingParams):
+        if field.name not in listed:  # what it keeps for itself
+            continue
         default = re.search(rf"^\| `{field.name}` \| `?([^|`]*)`? \|", text, re.MULTILINE)
         assert default is not None, field.name
         said = {"none": (None, ()), "no": (False,), "yes": (True,)}.get(default[1])
