@@ -73,6 +73,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
     given = _given(arguments, GENERATION_FLAGS)
     if arguments.stop is not None:
         given["stop"] = arguments.stop
+    if arguments.heal:
+        given["heal"] = True
     with _loaded(arguments) as pyramid:
         if len(pyramid.tiers) > 1 and not {"method"} & (given.keys() | pyramid.defaults.keys()):
             _LOG.warning(_NEVER_TUNED, pyramid.default_method, arguments.weights)

@@ -96,9 +96,8 @@ class Generation:
     @inside
     def advance(self) -> Commit:
         """The tokens of the next outer round."""
-        if not self._filled[
-            -1
-        ]:  # the tokens under the constraint are there, the target has not seen the last
+        if not self._filled[-1]:
+            # The tokens under the constraint are there, and the target has not seen the last of them.
             return self._first_token(len(self._prompt) - 1)
         if not self._fill_lower_tiers():
             return Commit([])

@@ -22,7 +22,7 @@ from pyramid_rt.kernels.reference import sampling as ops
 
 
 class Constraint(Protocol):
-    """What the next token must be one of."""
+    """The tokens of which the next one must be one."""
 
     def allowed(self) -> Sequence[int]:
         """Ids, at least one."""

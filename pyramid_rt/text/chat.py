@@ -100,7 +100,7 @@ class ChatTemplate:
 
 
 def goes_on(messages: Sequence[Any], continue_final_message: bool | None) -> bool:
-    """Whether the text of a chat ends within its last message; see `ChatTemplate.render`."""
+    """True where the text of a chat ends within its last message; see `ChatTemplate.render`."""
     return _goes_on(plain_messages(messages), continue_final_message)
 
 

@@ -1,4 +1,4 @@
-"""What two tokenizers of one pyramid must agree on: what ids mean.
+"""The comparison of two tokenizers of one pyramid: they must agree on what ids mean.
 
 The target's tokenizer alone turns text into ids and ids into text. A lower tier only ever sees and proposes ids, so
 of its tokenizer nothing counts but which token stands behind which id. How it would have cut a text (merges,
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def vocabulary_difference(mine: Mapping[str, int], theirs: Mapping[str, int], added: Set[int]) -> str | None:
-    """How ids differ in what they mean; None when they do not.
+    """A description of how ids differ in what they mean; None when they do not.
 
     Args:
         mine, theirs: ids by spelling, added tokens included.

@@ -148,7 +148,7 @@ class _Utf8:
         return self._own(self._decoder.decode(data), data)
 
     def finish(self) -> str:
-        """What an unfinished character becomes."""
+        """The text that an unfinished character becomes."""
         return self._own(self._decoder.decode(b"", final=True), b"")
 
     def _own(self, text: str, data: bytes) -> str:
@@ -171,7 +171,7 @@ class _Skip:
         return self._left > 0
 
     def cut(self, data: bytes) -> bytes:
-        """What of these bytes is not left out."""
+        """These bytes without those that are left out."""
         kept = data[self._left :]
         self._left = max(0, self._left - len(data))
         return kept

@@ -112,12 +112,12 @@ def split_stops(stops: Sequence[str], tokenizer: Tokenizer | None) -> tuple[list
 
 
 def is_message(value: Any) -> bool:
-    """Whether an entry of a prompt is a chat message, if perhaps a wrong one."""
+    """True where an entry of a prompt is a chat message, if perhaps a wrong one."""
     return isinstance(value, Mapping) or callable(getattr(value, "model_dump", None))
 
 
 def _entries(prompt: Any) -> list[Any]:
-    """What stands in a prompt that is no string, unchecked."""
+    """The entries of a prompt that is no string, unchecked."""
     if isinstance(prompt, Mapping):
         if "input_ids" in prompt:
             hint = "pass its 'input_ids', those of one text, as a list"

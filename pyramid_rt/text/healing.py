@@ -65,7 +65,7 @@ class Prefix:
         return found
 
     def after(self, token_id: int) -> Prefix | None:
-        """What is to come after an allowed token; None once all is covered."""
+        """The bytes still to come after an allowed token; None once all are covered."""
         size = len(self.tokenizer.piece_bytes(token_id))
         return Prefix(self.pieces, self.rest[size:], self.tokenizer) if size < len(self.rest) else None
 

@@ -51,7 +51,7 @@ class LimitError(jinja2.TemplateError):
 
 
 class _Budget:
-    """What one rendering, or one compilation, has taken."""
+    """Steps, time and sizes that one rendering, or one compilation, has taken."""
 
     def __init__(self) -> None:
         self._steps, self._total = 0, 0
@@ -86,7 +86,7 @@ def bounded() -> Iterator[None]:
 
 
 def written(pieces: Iterable[str]) -> str:
-    """What a template writes, put together; inside `bounded`."""
+    """The pieces that a template writes, put together; inside `bounded`."""
     kept: list[str] = []
     size = 0
     for piece in pieces:
@@ -365,7 +365,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         }
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """What a macro or a block writes, put together."""
+        """The pieces that a macro or a block writes, put together."""
         text: str = _counted(written(pieces))
         return text
 

@@ -15,6 +15,7 @@ The library numbers new tokens itself, so a declared id that does not come out i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from pyramid_rt import checks
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.json_files import kind_of, parse_object, read_bytes
 from pyramid_rt.text.library import library
@@ -33,13 +35,14 @@ SPECIAL_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ID = re.compile(r"[0-9]{1,10}")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRAS = ("extra_special_tokens", "additional_special_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenFiles:
-    """What a directory says about its tokenizer.
+    """A tokenizer as its directory describes it.
 
     Attributes:
         core: the library's tokenizer, with every declared token added.
@@ -92,7 +95,7 @@ class _Token:
 
 @dataclass(slots=True)
 class _Declarations:
-    """What the files beside tokenizer.json declare."""
+    """Tokens and names that the files beside tokenizer.json declare."""
 
     directory: Path
     spec: Mapping[str, Any]
@@ -143,7 +146,9 @@ class _Declarations:
                 self.names[key] = _named(f"{where}, {key!r} of the special tokens", one, special=special)
             return
         if not isinstance(value, list):
-            raise WeightsError(f"{where}: the additional special tokens must be a list, found {value!r:.80}")
+            raise WeightsError(
+                f"{where}: the additional special tokens must be a list, found {checks.shown(value)}"
+            )
         for number, one in enumerate(value):
             self.extras.append(_named(f"{where}, additional special token {number}", one, special=special))
 
@@ -151,8 +156,10 @@ class _Declarations:
         if not isinstance(value, Mapping):
             raise WeightsError(f"{where} must be an object, found {type(value).__name__}")
         for key, entry in value.items():
-            if not key.isdecimal() or not isinstance(entry, Mapping):
-                raise WeightsError(f"{where}: expected ids with objects, found {key!r}: {entry!r:.80}")
+            if not _ID.fullmatch(key) or not isinstance(entry, Mapping):
+                raise WeightsError(
+                    f"{where}: expected ids with objects, found {checks.shown(key)}: {checks.shown(entry)}"
+                )
             self.tokens.append(_Token(int(key), _flagged(f"{where}, {key!r}", entry), where))
 
     def _take_special_file(self, *, listed: bool) -> None:
@@ -227,18 +234,20 @@ def _named(where: str, value: Any, *, special: bool) -> str | AddedToken:
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
-        raise WeightsError(f"{where} must be a string or an object with 'content', found {value!r:.80}")
+        raise WeightsError(
+            f"{where} must be a string or an object with 'content', found {checks.shown(value)}"
+        )
     return _flagged(where, {**value, "special": True} if special else value)
 
 
 def _flagged(where: str, entry: Mapping[str, Any]) -> AddedToken:
     content = entry.get("content")
     if not isinstance(content, str):
-        raise WeightsError(f"{where}: 'content' must be a string, found {content!r:.80}")
+        raise WeightsError(f"{where}: 'content' must be a string, found {checks.shown(content)}")
     flags = {key: entry[key] for key in _FLAGS if key in entry}
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise WeightsError(f"{where}: {key!r} must be true or false, found {value!r:.80}")
+            raise WeightsError(f"{where}: {key!r} must be true or false, found {checks.shown(value)}")
     return AddedToken(content, **flags)
 
 

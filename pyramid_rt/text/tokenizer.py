@@ -143,7 +143,7 @@ class Tokenizer:
 
     @cached_property
     def spells_pieces(self) -> bool:
-        """Whether every token stands for a piece of text of its own: `piece_bytes` holds."""
+        """True where every token stands for a piece of text of its own: `piece_bytes` holds."""
         kinds = {one["type"] for one in self._decoders}
         return self.byte_level or (bool(kinds) and kinds <= _SPELLING_DECODERS and self._replaced is not None)
 
@@ -209,7 +209,7 @@ class Tokenizer:
         return vocabulary_difference(self._vocabulary(), other._vocabulary(), added)
 
     def same_as(self, other: Tokenizer) -> bool:
-        """Whether ids mean the same in both."""
+        """True where ids mean the same in both."""
         return self.difference(other) is None
 
     def _vocabulary(self) -> dict[str, int]:
@@ -226,7 +226,7 @@ class Tokenizer:
 
     @cached_property
     def _replaced(self) -> list[tuple[str, str]] | None:
-        """What the decoder replaces in every token; None where it does so by a pattern, or not at all."""
+        """Replacements that the decoder makes in every token; None where it has patterns, or makes none."""
         pairs: list[tuple[str, str]] = []
         for one in self._decoders:
             if one["type"] == "Metaspace":

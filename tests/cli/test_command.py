@@ -80,6 +80,10 @@ def test_stop_may_be_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result["finish_reason"], result["text"]) == ("stop", text[: text.index(stop)])
 
 
+def test_a_prompt_is_healed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(capsys, "--heal", "import jso")["text"].startswith("n")
+
+
 def test_logprobs_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(generate(capsys, "--logprobs", "2", PROMPT)["logprobs"]) == 12
 

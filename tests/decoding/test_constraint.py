@@ -1,4 +1,4 @@
-"""First tokens under a constraint, on table tiers: the target's masked distribution, the same text by any rounds."""
+"""First tokens under a constraint, on table tiers: the masked distribution, and the same text by any rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyramid_rt.decoding.chains import build_plan
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.generation import Generation
 from pyramid_rt.decoding.healing import draw
-from pyramid_rt.decoding.place import place_for
+from pyramid_rt.decoding.place import HostPlace
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
 
@@ -52,7 +52,7 @@ def generation(
     """The commits of a generation."""
     tables = random_tables(len(rules) + 1, seed=7)
     tiers = [kind(f"t{i}", table, max_seq=MAX_SEQ) for i, table in enumerate(tables)]
-    engine = Engine(tiers, build_plan(params, rules, host_control=host), VOCAB, MAX_SEQ, place_for(CPU))
+    engine = Engine(tiers, build_plan(params, rules, host_control=host), VOCAB, MAX_SEQ, HostPlace(CPU))
     run = Generation(engine, [0.0] * len(rules), params, seed, PROMPT, [3], constraint=Allowed(sets))
     commits = [run.start().tokens]
     while not run.finished:

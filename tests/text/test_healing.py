@@ -1,10 +1,10 @@
-"""What must come after a prompt whose last token was taken back."""
+"""Token healing: the tokens that may come after a prompt whose last one was taken back."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -16,7 +16,7 @@ from pyramid_rt.text.detokenizer import TextAssembler
 from pyramid_rt.text.healing import Pieces, Prefix, pieces_of, take_back
 from pyramid_rt.text.tokenizer import Tokenizer
 
-KINDS: dict[str, Any] = {"bytes": byte_level, "fallback": byte_fallback}
+KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {"bytes": byte_level, "fallback": byte_fallback}
 
 
 @pytest.fixture(params=KINDS)

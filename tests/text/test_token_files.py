@@ -189,16 +189,25 @@ def test_a_name_with_two_meanings_is_refused_where_a_template_wants_it(tmp_path:
     assert Tokenizer.from_dir(tmp_path).render_chat([{"role": "user", "content": "a"}]) == "<s>a"
 
 
+def deep(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
         ({"tokenizer_config": settings(added_tokens_decoder=[])}, "'added_tokens_decoder' must be an object"),
         ({"tokenizer_config": settings(added_tokens_decoder={"x": {}})}, "expected ids with objects, found 'x'"),
+        ({"tokenizer_config": settings(added_tokens_decoder={"9" * 5000: {"content": "a"}})}, "found '999"),
         ({"tokenizer_config": settings(added_tokens_decoder={"9": {}})}, "'9': 'content' must be a string"),
         (
             {"tokenizer_config": settings(added_tokens_decoder={"9": {"content": "a", "lstrip": 1}})},
             "'lstrip' must be true or false",
         ),
+        ({"tokenizer_config": settings(pad_token=deep(900))}, "'pad_token' must be a string or an object"),
         ({"tokenizer_config": settings(pad_token=3)}, "'pad_token' must be a string or an object"),
         ({"tokenizer_config": settings(additional_special_tokens="<a>")}, "must be a list, found '<a>'"),
         ({"tokenizer_config": settings(), "added_tokens": {"<a>": "7"}}, "must be an integer >= 0, found '7'"),
