@@ -15,7 +15,6 @@ PENDING = (
     "pyramid_rt/cli",
     "pyramid_rt/decoding",
     "pyramid_rt/loading",
-    "pyramid_rt/text",
     "pyramid_rt/tuning",
     "kernels",
     "kernels/forward",
