@@ -80,6 +80,17 @@ def install(arch: int) -> None:
 
     triton.JITFunction.run = run
     Launch.__post_init__ = lambda self: None  # type: ignore[method-assign]
+    from pyramid_rt import api
+    from pyramid_rt.loading import weights
+    from pyramid_rt.models.backends import choice
+
+    refuse = choice.check_backend
+
+    def check_backend(name: str, device: torch.device) -> None:
+        refuse(name, torch.device("cuda") if name == "triton" else device)
+
+    for module in (api, weights, choice):
+        module.check_backend = check_backend
 
 
 @contextlib.contextmanager
