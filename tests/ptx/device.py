@@ -7,12 +7,12 @@ schedule of the launches is `current`, and each launch's counters are handed to 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from ptx.machine import Counts, Memory, Schedule
 from ptx.parser import Program, parse
 
 VARIABLE = "PYRAMID_PTX"
-SEED = "PYRAMID_PTX_SEED"
+SEEDS = "PYRAMID_PTX_SEEDS"
 
-# How launches go from now on; without a seed of its own, in order, with everything as late as allowed.
-current = Schedule.drawn(int(os.environ[SEED])) if os.environ.get(SEED) else Schedule()
+# How launches go from now on: in order, with everything as late as allowed.
+current = Schedule()
+# Further schedules of every launch, each by its own seed: they must leave the same bits everywhere.
+repeats = int(os.environ.get(SEEDS) or 0)
 # (name of the kernel, counters) after each launch.
 listeners: list[Callable[[str, Counts], None]] = []
 # PTX to PTX, by which tests plant faults.
@@ -154,17 +156,28 @@ def launch(compiled: Any, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs:
         ptx = edit(ptx)
     found = program(ptx)
     values += [0] * (len(found.parameters) - len(values))  # two scratch pointers, which no kernel of ours uses
-    counts = machine.run(
-        found,
-        (*grid, 1, 1)[:3],
-        compiled.metadata.num_warps,
-        compiled.metadata.shared,
-        values,
-        memory,
-        replace(current),
-    )
+
+    def go(schedule: Schedule) -> Counts:
+        shape = (*grid, 1, 1)[:3]
+        return machine.run(
+            found, shape, compiled.metadata.num_warps, compiled.metadata.shared, values, memory, schedule
+        )
+
+    before = [bytes(_view(m)) for m in memory] if repeats else []
+    counts = go(current)
+    after = [bytes(_view(m)) for m in memory] if repeats else []
+    for seed in range(1, repeats + 1):
+        for m, old in zip(memory, before, strict=True):
+            ctypes.memmove(m.start, old, m.size)
+        go(Schedule.drawn(seed))
+        for m, same in zip(memory, after, strict=True):
+            assert bytes(_view(m)) == same, f"{found.name} leaves other bits in {m.name} with seed {seed}"
     for listener in listeners:
         listener(found.name, counts)
+
+
+def _view(m: Memory) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * m.size).from_address(m.start)
 
 
 def extent(name: str, tensor: torch.Tensor) -> Memory:
