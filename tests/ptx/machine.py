@@ -71,6 +71,7 @@ class Counts:
         loaded, stored: bytes of global memory, by the bytes of an access.
         load_sectors, store_sectors: of 32 bytes, per instruction of a warp.
         conflicts: turns that accesses to shared memory took beyond one per 128 bytes.
+        traffic: bytes (loaded from, stored to) each buffer; of those that overlap without being the same, the first has them.
     """
 
     instructions: int = 0
@@ -81,6 +82,7 @@ class Counts:
     conflicts: int = 0
     loaded: dict[int, int] = field(default_factory=dict)
     stored: dict[int, int] = field(default_factory=dict)
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Fault(AssertionError):
@@ -119,6 +121,7 @@ class _Launch(ctypes.Structure):
         *_fields(ctypes.c_uint64, "instructions thread_instructions barriers load_sectors store_sectors conflicts"),
         ("loaded", ctypes.c_uint64 * 17),
         ("stored", ctypes.c_uint64 * 17),
+        ("traffic", ctypes.c_void_p),
     ]
 
 
@@ -191,7 +194,8 @@ def run(
         bits = argument if isinstance(argument, bytes) else (argument & (1 << 8 * size) - 1).to_bytes(size, "little")
         block[offset : offset + size] = bits
     params = (ctypes.c_char * len(block)).from_buffer(block)
-    used = sorted({m for m in memory if m.size}, key=lambda m: m.start)
+    # A tensor may be passed under several names: the last of them stands for its range.
+    used = sorted({(m.start, m.size): m for m in memory if m.size}.values(), key=lambda m: m.start)
     buffers, regions = _tables(used)
     launch = _Launch(
         program.code.ctypes.data, program.lists.ctypes.data, program.constants.ctypes.data,
@@ -200,12 +204,20 @@ def run(
         warps, shared, (ctypes.c_int32 * 3)(*grid), schedule.seed, schedule.copies, schedule.products,
         schedule.late_stores, schedule.detect, schedule.resident, schedule.quantum, schedule.budget,
     )  # fmt: skip
+    traffic = np.zeros((max(len(used), 1), 2), np.uint64)
+    launch.traffic = traffic.ctypes.data
     if core().run_launch(ctypes.byref(launch)):
         raise _fault(program, launch, used)
     return Counts(
         **{name: getattr(launch, name) for name in list(Counts.__dataclass_fields__)[:6]},
         loaded={width: n for width, n in enumerate(launch.loaded) if n},
         stored={width: n for width, n in enumerate(launch.stored) if n},
+        traffic={
+            m.name: (int(row[0]), int(row[1]))
+            for place, row in zip(used, traffic, strict=False)
+            for m in memory
+            if (m.start, m.size) == (place.start, place.size)
+        },
     )
 
 

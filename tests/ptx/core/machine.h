@@ -40,6 +40,7 @@ typedef struct {      /* one launch, filled by Python */
     uint64_t address; int64_t size;
     uint64_t instructions, thread_instructions, barriers, load_sectors, store_sectors, conflicts;
     uint64_t loaded[17], stored[17]; /* bytes by width of the access */
+    uint64_t *traffic;               /* [buffers][2]: bytes loaded from each and stored to it */
 } Launch;
 
 typedef struct { uint32_t wclock, writer, rclock[2], reader[2]; uint16_t wpc, rpc[2]; uint8_t wmask, wlane, rlane[2]; } Word;

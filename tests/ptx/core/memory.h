@@ -213,6 +213,7 @@ static void load(Machine *m, const Ins *i) {
             memcpy(data, m->block->shared + s, (size_t)bytes);
         } else {
             const Buffer *b = buffer_of(m, at[l], bytes, l, &hint);
+            m->l->traffic[2 * (b - m->l->buffers)] += (uint64_t)bytes;
             if (m->l->detect) touch(m, b, at[l], bytes, l, 0);
             read_global(m, at[l], data, bytes);
         }
@@ -248,6 +249,7 @@ static void store(Machine *m, const Ins *i) {
             shared_write(m, shared_at(m, at[l], bytes, l), data, bytes, l, good >> l & 1);
         } else {
             const Buffer *b = buffer_of(m, at[l], bytes, l, &hint);
+            m->l->traffic[2 * (b - m->l->buffers) + 1] += (uint64_t)bytes;
             if (m->l->detect) touch(m, b, at[l], bytes, l, 1);
             write_global(m, at[l], data, bytes);
         }
@@ -301,6 +303,7 @@ static void copy(Machine *m, const Ins *i) {
         uint32_t target = shared_at(m, to[l], bytes, l);
         if (read > 0) {
             const Buffer *b = buffer_of(m, from[l], bytes, l, &hint);
+            m->l->traffic[2 * (b - m->l->buffers)] += (uint64_t)read;
             if (m->l->detect) touch(m, b, from[l], bytes, l, 0);
         }
         shared_write(m, target, NULL, bytes, l, 1);
