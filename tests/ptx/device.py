@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from ptx import machine
 from ptx.machine import Counts, Memory, Schedule
 from ptx.parser import Program, parse
@@ -155,7 +156,9 @@ def launch(compiled: Any, kernel: Any, grid: Any, args: tuple[Any, ...], kwargs:
     for edit in edits:
         ptx = edit(ptx)
     found = program(ptx)
-    values += [0] * (len(found.parameters) - len(values))  # two scratch pointers, which no kernel of ours uses
+    values += [0] * (
+        len(found.parameters) - len(values)
+    )  # two scratch pointers, which no kernel of ours uses
 
     def go(schedule: Schedule) -> Counts:
         shape = (*grid, 1, 1)[:3]

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from ptx import isa
 from ptx.parser import INSTRUCTION, SHARED_BASE, Program
 
@@ -71,7 +72,7 @@ class Counts:
         loaded, stored: bytes of global memory, by the bytes of an access.
         load_sectors, store_sectors: of 32 bytes, per instruction of a warp.
         conflicts: turns that accesses to shared memory took beyond one per 128 bytes.
-        traffic: bytes (loaded from, stored to) each buffer; of those that overlap without being the same, the first has them.
+        traffic: bytes (loaded from, stored to) each buffer; where different ones overlap, the first has them.
     """
 
     instructions: int = 0
@@ -98,7 +99,12 @@ class Fault(AssertionError):
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = [("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("region", ctypes.c_int32), ("pad", ctypes.c_int32)]
+    _fields_ = [
+        ("start", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("region", ctypes.c_int32),
+        ("pad", ctypes.c_int32),
+    ]
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -118,7 +124,9 @@ class _Launch(ctypes.Structure):
         ("other_block", ctypes.c_int32 * 3),
         ("address", ctypes.c_uint64),
         ("size", ctypes.c_int64),
-        *_fields(ctypes.c_uint64, "instructions thread_instructions barriers load_sectors store_sectors conflicts"),
+        *_fields(
+            ctypes.c_uint64, "instructions thread_instructions barriers load_sectors store_sectors conflicts"
+        ),
         ("loaded", ctypes.c_uint64 * 17),
         ("stored", ctypes.c_uint64 * 17),
         ("traffic", ctypes.c_void_p),
@@ -191,7 +199,11 @@ def run(
         raise ValueError(f"{program.name} has blocks of {warps} warps, expected 1 to 16")
     block = bytearray(sum(program.parameters[-1]) if program.parameters else 1)
     for argument, (offset, size) in zip(arguments, program.parameters, strict=True):
-        bits = argument if isinstance(argument, bytes) else (argument & (1 << 8 * size) - 1).to_bytes(size, "little")
+        bits = (
+            argument
+            if isinstance(argument, bytes)
+            else (argument & (1 << 8 * size) - 1).to_bytes(size, "little")
+        )
         block[offset : offset + size] = bits
     params = (ctypes.c_char * len(block)).from_buffer(block)
     # A tensor may be passed under several names: the last of them stands for its range.
@@ -269,5 +281,11 @@ def _place(address: int, memory: Sequence[Memory], *, shared: bool) -> str:
     for m in memory:
         if m.start <= address < m.start + m.size:
             return f"{m.name} + {address - m.start}"
-    near = min(memory, key=lambda m: min(abs(address - m.start), abs(address - m.start - m.size)), default=None)
-    return f"{address:#x}" if near is None else f"{address:#x} ({near.name} {address - near.start:+} of {near.size})"
+    near = min(
+        memory, key=lambda m: min(abs(address - m.start), abs(address - m.start - m.size)), default=None
+    )
+    return (
+        f"{address:#x}"
+        if near is None
+        else f"{address:#x} ({near.name} {address - near.start:+} of {near.size})"
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from ptx import isa
 
 INSTRUCTION = np.dtype(
@@ -32,7 +32,7 @@ SPECIALS = {
     "%ntid.x": "ntid",
     "%laneid": "laneid",
     **{f"%{prefix}ctaid.{axis}": f"{prefix}ctaid_{axis}" for prefix in ("", "n") for axis in "xyz"},
-    **{name: "zero" for name in ("%tid.y", "%tid.z")},
+    **dict.fromkeys(("%tid.y", "%tid.z"), "zero"),
 }
 _STATEMENT = re.compile(r"\s*(?:(?P<label>[$\w]+):|(?P<brace>[{}])|(?P<body>[^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
@@ -160,7 +160,11 @@ class _Parser:
         if len(operands) not in (2, 3, 4):
             raise UnknownInstruction(f"{opcode} with {len(operands)} operands")
         sources = dict(zip("abc", (self.unit(x) for x in operands[1:]), strict=False))
-        return {"op": isa.operation(known), "d": self.unit(operands[0]), "wide": int(known in isa.WIDE)} | sources
+        return {
+            "op": isa.operation(known),
+            "d": self.unit(operands[0]),
+            "wide": int(known in isa.WIDE),
+        } | sources
 
     def _mov(self, parts: list[str], operands: list[str]) -> dict[str, int] | None:
         to, source = operands
@@ -169,7 +173,13 @@ class _Parser:
                 return {"op": isa.operation("mov_pred"), "d": self.predicate(to), "a": self.predicate(source)}
             # From an immediate: a comparison of constants.
             d, a, b = self.predicate(to), self.unit("0"), self.unit("1" if int(source) else "0")
-            return {"op": isa.operation("setp_s32"), "d": d, "a": a, "b": b, "vec": isa.COMPARISONS.index("ne")}
+            return {
+                "op": isa.operation("setp_s32"),
+                "d": d,
+                "a": a,
+                "b": b,
+                "vec": isa.COMPARISONS.index("ne"),
+            }
         if source in SPECIALS:
             imm = isa.SPECIALS.index(SPECIALS[source])
             return {"op": isa.operation("special"), "d": self.unit(to), "imm": imm}
@@ -178,7 +188,12 @@ class _Parser:
             size = {"b64": 8, "b32": 4}.get(parts[1], 0)
             if len(units) != 2 or not size:
                 raise UnknownInstruction(f"{'.'.join(parts)} {to}")
-            return {"op": isa.operation("unpack"), "a": self.unit(source), "list": self.keep(*units), "size": size}
+            return {
+                "op": isa.operation("unpack"),
+                "a": self.unit(source),
+                "list": self.keep(*units),
+                "size": size,
+            }
         if source.startswith("{"):
             low, high = self.units_of(source)
             if parts[1] == "b64":
@@ -204,12 +219,25 @@ class _Parser:
         if kind not in ("s16", "u16", "s32", "u32", "s64", "u64", "f32"):
             raise UnknownInstruction(".".join(parts))
         d, a, b = self.predicate(operands[0]), *(self.unit(x) for x in operands[1:])
-        return {"op": isa.operation(f"setp_{kind}"), "d": d, "a": a, "b": b, "vec": isa.COMPARISONS.index(parts[1])}
+        return {
+            "op": isa.operation(f"setp_{kind}"),
+            "d": d,
+            "a": a,
+            "b": b,
+            "vec": isa.COMPARISONS.index(parts[1]),
+        }
 
     def _selp(self, parts: list[str], operands: list[str]) -> dict[str, int]:
         d, a, b = (self.unit(x) for x in operands[:3])
         wide = int(parts[1] in ("b64", "s64", "u64", "f64"))
-        return {"op": isa.operation("selp"), "d": d, "a": a, "b": b, "c": self.predicate(operands[3]), "wide": wide}
+        return {
+            "op": isa.operation("selp"),
+            "d": d,
+            "a": a,
+            "b": b,
+            "c": self.predicate(operands[3]),
+            "wide": wide,
+        }
 
     def _access(self, parts: list[str], operands: list[str]) -> dict[str, int]:
         name, where, *more, kind = parts
@@ -218,7 +246,12 @@ class _Parser:
             wide = int(operands[0].startswith("%rd"))
             flags = isa.SIGNED if kind[0] == "s" else 0
             size = int(kind[1:]) // 8
-            return {"op": isa.operation("param"), "d": self.unit(operands[0]), "imm": offset, "size": size} | {
+            return {
+                "op": isa.operation("param"),
+                "d": self.unit(operands[0]),
+                "imm": offset,
+                "size": size,
+            } | {
                 "wide": wide,
                 "flags": flags,
             }
@@ -247,7 +280,12 @@ class _Parser:
         # atom.global.gpu.acq_rel.add.u32
         if len(parts) != 6 or parts[1:3] != ["global", "gpu"] or parts[5] not in ("u32", "s32", "b32"):
             raise UnknownInstruction(".".join(parts))
-        orders = {"acq_rel": isa.ACQUIRE | isa.RELEASE, "acquire": isa.ACQUIRE, "release": isa.RELEASE, "relaxed": 0}
+        orders = {
+            "acq_rel": isa.ACQUIRE | isa.RELEASE,
+            "acquire": isa.ACQUIRE,
+            "release": isa.RELEASE,
+            "relaxed": 0,
+        }
         names = {"add": "atom_add", "exch": "atom_exch", "max": f"atom_max_{parts[5][0]}"}
         if parts[3] not in orders or parts[4] not in names:
             raise UnknownInstruction(".".join(parts))
@@ -277,7 +315,14 @@ class _Parser:
         if parts[1] != "sync" or parts[3] != "b32" or "|" in operands[0]:
             raise UnknownInstruction(f"{'.'.join(parts)} {operands[0]}")
         d, a, b, c, mask = (self.unit(x) for x in operands)
-        return {"op": isa.operation(f"shfl_{parts[2]}"), "d": d, "a": a, "b": b, "c": c, "list": self.keep(mask)}
+        return {
+            "op": isa.operation(f"shfl_{parts[2]}"),
+            "d": d,
+            "a": a,
+            "b": b,
+            "c": c,
+            "list": self.keep(mask),
+        }
 
     def _redux(self, parts: list[str], operands: list[str]) -> dict[str, int]:
         name = parts[2] if parts[2] in ("add", "and", "or", "xor") else f"{parts[2]}_{parts[3][0]}"
@@ -306,7 +351,10 @@ class _Parser:
 
     def _mma(self, parts: list[str], operands: list[str]) -> dict[str, int]:
         kind = parts[7] if len(parts) > 7 else ""
-        if ".".join(parts) != f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" or kind not in ("f16", "bf16"):
+        if ".".join(parts) != f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32" or kind not in (
+            "f16",
+            "bf16",
+        ):
             raise UnknownInstruction(".".join(parts))
         units = [u for operand in operands for u in self.units_of(operand)]
         return {
@@ -334,7 +382,9 @@ class _Parser:
             return {"op": isa.operation("wgmma_commit")}
         if parts[1] == "wait_group":
             return {"op": isa.operation("wgmma_wait"), "imm": int(operands[0])}
-        match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2", ".".join(parts))
+        match = re.fullmatch(
+            r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2", ".".join(parts)
+        )
         if not match:
             raise UnknownInstruction(".".join(parts))
         results, a, b, scale, scale_a, scale_b, *transposed = operands

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
+
 from ptx.machine import Memory, Schedule, run
 from ptx.parser import parse
 
@@ -14,7 +15,10 @@ HEADER = """
 .target sm_90a
 .address_size 64
 .extern .shared .align 16 .b8 global_smem[];
-.visible .entry snippet(.param .u64 .ptr .global .align 1 snippet_param_0, .param .u64 .ptr .global .align 1 snippet_param_1)
+.visible .entry snippet(
+    .param .u64 .ptr .global .align 1 snippet_param_0,
+    .param .u64 .ptr .global .align 1 snippet_param_1
+)
 {
     mov.u32 %r9000, %tid.x;
     mov.u32 %r9009, %ctaid.x;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ptx import machine
 from ptx.machine import AT_ONCE, LATE, Fault, Schedule
 from ptx.snippets import execute
@@ -18,7 +19,9 @@ PLACES = """
 """
 
 
-def caught(kinds: str, body: str, *, seeds: int = 6, warps: int = 2, blocks: int = 1, **schedule: int) -> None:
+def caught(
+    kinds: str, body: str, *, seeds: int = 6, warps: int = 2, blocks: int = 1, **schedule: int
+) -> None:
     """A fault of this kind, or of one of these, whatever the seed."""
     for seed in range(seeds):
         with pytest.raises(Fault) as found:
@@ -69,7 +72,9 @@ def test_a_copy_arrives_when_it_was_waited_for() -> None:
     passes(f"{PLACES} {wait} ld.shared.b32 %r100, [%r11];")
     for copies in (AT_ONCE, LATE):
         caught("in_flight", f"{PLACES} {COPY} ld.shared.b32 %r100, [%r11];", copies=copies)
-        caught("in_flight", f"{PLACES} {COPY} cp.async.wait_group 1; ld.shared.b32 %r100, [%r11];", copies=copies)
+        caught(
+            "in_flight", f"{PLACES} {COPY} cp.async.wait_group 1; ld.shared.b32 %r100, [%r11];", copies=copies
+        )
         caught("in_flight", f"{PLACES} {COPY} st.shared.b32 [%r11], %r0;", copies=copies)
     # The wait is each warp's own: the data of others needs a barrier after it.
     caught("shared_race in_flight", f"{PLACES} {wait} bar.sync 0; {wait} ld.shared.b32 %r100, [%r13];")
@@ -101,7 +106,9 @@ def test_what_was_never_written_may_not_matter() -> None:
     caught("uninitialised", "add.s32 %r100, %r55, 1;")
     caught("uninitialised", "@%p5 mov.b32 %r100, 1;")
     caught("uninitialised", "@%p5 bra $X; mov.b32 %r100, 1; $X:")
-    caught("uninitialised", "cvt.u64.u32 %rd5, %r55; add.s64 %rd6, %rd9003, %rd5; ld.global.b32 %r100, [%rd6];")
+    caught(
+        "uninitialised", "cvt.u64.u32 %rd5, %r55; add.s64 %rd6, %rd9003, %rd5; ld.global.b32 %r100, [%rd6];"
+    )
     caught("uninitialised", "mov.b32 %r10, global_smem; ld.shared.b32 %r100, [%r10];")
     caught("uninitialised", "shfl.sync.bfly.b32 %r100, %r55, 1, 31, -1;")
     # Half of the lanes were given a value.
@@ -156,7 +163,10 @@ def test_a_release_covers_what_its_warp_met_at_a_barrier() -> None:
 
 def test_two_blocks_write_one_cell() -> None:
     caught("global_race", "st.global.b32 [%rd9004 + 32], %r9009;", blocks=2)
-    passes("mul.wide.u32 %rd10, %r9009, 4; add.s64 %rd11, %rd9004, %rd10; st.global.b32 [%rd11 + 32], %r0; ret;", blocks=2)
+    passes(
+        "mul.wide.u32 %rd10, %r9009, 4; add.s64 %rd11, %rd9004, %rd10; st.global.b32 [%rd11 + 32], %r0; ret;",
+        blocks=2,
+    )
 
 
 def test_stores_stay_invisible_until_released() -> None:

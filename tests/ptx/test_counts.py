@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from bench.kernel_check.traffic import traffic
 from ptx import device, machine
 from ptx.machine import Counts
 from ptx.snippets import execute
 from ptx.test_planted import CHANNELS, LENGTH, WIDTH, Product, replaced
-
-from bench.kernel_check.traffic import traffic
 from pyramid_rt.models.shapes import Shape
 
 pytestmark = pytest.mark.skipif(machine.COMPILER is None, reason=machine.MISSING)
@@ -42,7 +42,12 @@ def test_a_product_reads_its_weights_once() -> None:
 
 @compiled
 def test_a_product_that_reads_its_weights_twice_is_found() -> None:
-    with device.edited(replaced(r"^(.*cp\.async\.c[ag]\.shared\.global.*;)$", r"\1 cp.async.commit_group; cp.async.wait_group 0; \1")):
+    with device.edited(
+        replaced(
+            r"^(.*cp\.async\.c[ag]\.shared\.global.*;)$",
+            r"\1 cp.async.commit_group; cp.async.wait_group 0; \1",
+        )
+    ):
         counts = counts_of(lambda: Product().launch.run())
     assert counts.traffic["w_ptr"][0] == 2 * traffic("out", SHAPE, length=LENGTH).stationary
 
@@ -63,7 +68,15 @@ def test_attention_reads_its_cache_once() -> None:
     out = torch.zeros(64, SHAPE.heads * SHAPE.head_dim, dtype=torch.bfloat16)
     counts = counts_of(
         attention.plan(
-            query, keys, values, torch.tensor(context), out, space, length=LENGTH, kv_bound=rows, config=config
+            query,
+            keys,
+            values,
+            torch.tensor(context),
+            out,
+            space,
+            length=LENGTH,
+            kv_bound=rows,
+            config=config,
         ).run
     )
     cache = traffic("attention", SHAPE, length=LENGTH, context=context).stationary
@@ -77,7 +90,9 @@ def test_sectors_and_conflicts_of_plain_accesses() -> None:
         found: list[Counts] = []
         run = machine.run
         patch.setattr("ptx.snippets.run", lambda *args: found.append(run(*args)))
-        place = "mov.b32 %r10, global_smem; mad.lo.s32 %r11, %r9000, {stride}, %r10; st.shared.b32 [%r11], %r0;"
+        place = (
+            "mov.b32 %r10, global_smem; mad.lo.s32 %r11, %r9000, {stride}, %r10; st.shared.b32 [%r11], %r0;"
+        )
         execute(place.format(stride=4))
         execute(place.format(stride=8))
         execute(place.format(stride=128))

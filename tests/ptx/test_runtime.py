@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ptx import device, machine
-from ptx.machine import Schedule
 
 import pyramid_rt
+from ptx import device, machine
+from ptx.machine import Schedule
 from pyramid_rt import Pyramid
 
 pytestmark = [
@@ -46,7 +46,9 @@ def test_text_and_statistics_equal_those_of_torch(
     """Races are looked for by the kernels' own tests; here the values count."""
     with device.scheduled(Schedule(seed=1, detect=False)):
         found = {
-            name: pyramid.generate(PROMPT, method=method, max_new_tokens=TOKENS, temperature=temperature, seed=3)
+            name: pyramid.generate(
+                PROMPT, method=method, max_new_tokens=TOKENS, temperature=temperature, seed=3
+            )
             for name, pyramid in backends.items()
         }
     ours, theirs = found["triton"], found["torch"]
