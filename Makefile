@@ -36,6 +36,7 @@ test examples demo-real: export OMP_WAIT_POLICY ?= passive
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev ## run every check
 	@$(BIN)/pytest -n auto --dist worksteal
+	@PYRAMID_PTX=sm_80 $(BIN)/pytest -n auto tests/ptx --ignore tests/ptx/test_runtime.py
 
 fuzz: $(VENV)/.dev ## look for inputs that break it: FUZZ_SECONDS for each of three kinds, FUZZ_SEED
 	@PYTHONPATH=tests $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)

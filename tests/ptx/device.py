@@ -93,7 +93,7 @@ def install(arch: int) -> None:
         refuse(name, torch.device("cuda") if name == "triton" else device)
 
     for module in (api, weights, choice):
-        module.check_backend = check_backend
+        vars(module)["check_backend"] = check_backend
 
 
 @contextlib.contextmanager

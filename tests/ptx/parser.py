@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,7 +149,9 @@ class _Parser:
 
     def instruction(self, opcode: str, operands: list[str]) -> dict[str, int]:
         parts = opcode.split(".")
-        special = getattr(self, "_" + parts[0], None)
+        special: Callable[[list[str], list[str]], dict[str, int] | None] | None = getattr(
+            self, "_" + parts[0], None
+        )
         if special is not None and (row := special(parts, operands)) is not None:
             return row
         known = isa.ALIASES.get(opcode, opcode)

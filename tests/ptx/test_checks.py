@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ptx import machine
@@ -20,7 +22,7 @@ PLACES = """
 
 
 def caught(
-    kinds: str, body: str, *, seeds: int = 6, warps: int = 2, blocks: int = 1, **schedule: int
+    kinds: str, body: str, *, seeds: int = 6, warps: int = 2, blocks: int = 1, **schedule: Any
 ) -> None:
     """A fault of this kind, or of one of these, whatever the seed."""
     for seed in range(seeds):
@@ -174,7 +176,7 @@ def test_stores_stay_invisible_until_released() -> None:
     body = arriving("{order}").replace("$END: ret;", """
         add.s32 %r33, %r30, %r31; add.s32 %r33, %r33, %r32;
         st.global.b32 [%rd9001], %r33; $END: ret;""")  # fmt: skip
-    sums = {"acq_rel": set(), "relaxed": set()}
+    sums: dict[str, set[int]] = {"acq_rel": set(), "relaxed": set()}
     for order, found in sums.items():
         for seed in range(6):
             schedule = Schedule(seed=seed, detect=False, quantum=3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ without_reset = around_arrivals(
 )
 
 
-def kinds(edit: Callable[[str], str], **schedule: int) -> list[str]:
+def kinds(edit: Callable[[str], str], **schedule: Any) -> list[str]:
     """What the machine said under every seed, "" where it said nothing."""
     product, found = Product(), []
     with device.edited(edit):
