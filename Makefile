@@ -10,10 +10,10 @@ FUZZ_SEED ?= 1
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real train-demo test fuzz examples lint types docs kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test test-compiled fuzz examples lint types docs kernels bench wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "After any of them the command is $(BIN)/pyramid-rt; after '. $(BIN)/activate' it is pyramid-rt itself."
 
@@ -42,6 +42,18 @@ fuzz: $(VENV)/.dev ## look for inputs that break it: FUZZ_SECONDS for each of th
 
 examples: $(VENV)/.dev ## run every example by its own tests
 	@$(BIN)/pytest examples
+
+# The kernels as a GPU would run them, executed by the machine of tests/ptx: its own session, since the rest of
+# the tests needs Triton's interpreter. Every launch is repeated under SEEDS schedules, whose bits must agree.
+MACHINES ?= sm_80 sm_90
+SEEDS ?= 20
+test-compiled: export OMP_NUM_THREADS ?= 1
+test-compiled: export OMP_WAIT_POLICY ?= passive
+test-compiled: $(VENV)/.dev ## run every kernel compiled, without a GPU, in adversarial schedules
+	@for arch in $(MACHINES); do \
+		PYRAMID_PTX=$$arch PYRAMID_PTX_SEEDS=$(SEEDS) $(BIN)/pytest -n auto --dist worksteal tests/kernels || exit 1; \
+		PYRAMID_PTX=$$arch $(BIN)/pytest -n auto tests/ptx tests/models/test_triton_backend.py || exit 1; \
+	done
 
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .

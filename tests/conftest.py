@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptx.device import architecture, install
 
-# Without a GPU the kernels run under Triton's interpreter, which reads this when a kernel is defined.
-if not torch.cuda.is_available():
+# Without a GPU the kernels run under Triton's interpreter, which reads this when a kernel is defined. With
+# PYRAMID_PTX=sm_80 they are compiled for that architecture, and the machine of tests/ptx takes a GPU's place.
+if architecture():
+    install(architecture())
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from helpers.tiny import write_tiny_pyramid

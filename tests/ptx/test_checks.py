@@ -1,0 +1,185 @@
+"""What the machine must catch, and what it must let pass, on hand-written PTX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ptx import machine
+from ptx.machine import AT_ONCE, LATE, Fault, Schedule
+from ptx.snippets import execute
+
+pytestmark = pytest.mark.skipif(machine.COMPILER is None, reason=machine.MISSING)
+
+# Thread i's place in shared memory, and its neighbour's in the next warp.
+PLACES = """
+    mov.b32 %r10, global_smem;
+    mad.lo.s32 %r11, %r9000, 16, %r10;
+    xor.b32 %r12, %r9000, 32;
+    mad.lo.s32 %r13, %r12, 16, %r10;
+"""
+
+
+def caught(
+    kinds: str, body: str, *, seeds: int = 6, warps: int = 2, blocks: int = 1, **schedule: Any
+) -> None:
+    """A fault of this kind, or of one of these, whatever the seed."""
+    for seed in range(seeds):
+        with pytest.raises(Fault) as found:
+            execute(body, warps=warps, blocks=blocks, schedule=Schedule(seed=seed, quantum=3, **schedule))
+        assert found.value.kind in kinds.split(), found.value
+
+
+def passes(body: str, *, warps: int = 2, blocks: int = 1) -> None:
+    for seed in range(6):
+        execute(body, warps=warps, blocks=blocks, schedule=Schedule.drawn(seed))
+
+
+def test_a_missing_barrier_is_a_race_either_way() -> None:
+    store, load = "st.shared.b32 [%r11], %r0;", "ld.shared.b32 %r100, [%r13];"
+    passes(f"{PLACES} {store} bar.sync 0; {load}")
+    initial = f"{PLACES} {store} bar.sync 0;"
+    caught("shared_race", f"{initial} {store} {load}")
+    caught("shared_race", f"{initial} {load} {store}")
+    caught("shared_race", f"{initial} st.shared.b32 [%r10], %r0;")
+
+
+def test_a_race_names_both_instructions_and_where() -> None:
+    body = f"{PLACES} st.shared.b32 [%r11], %r0; bar.sync 0; st.shared.b32 [%r11], %r1; ld.shared.b32 %r100, [%r13];"
+    with pytest.raises(Fault) as found:
+        execute(body, warps=2, schedule=Schedule())
+    text = str(found.value)
+    assert "ld.shared.b32 %r100, [%r13]" in text
+    assert "st.shared.b32 [%r11], %r1" in text
+    assert "warp 0" in text
+    assert "warp 1" in text
+    assert "lane" in text
+    assert "shared memory + " in text
+
+
+def test_warps_may_store_one_value_to_one_place() -> None:
+    passes(f"{PLACES} st.shared.b32 [%r10], 7; bar.sync 0; ld.shared.b32 %r100, [%r10];")
+
+
+def test_neighbouring_bytes_are_no_race() -> None:
+    passes(f"{PLACES} add.s32 %r14, %r10, %r9000; cvt.u16.u32 %rs1, %r0; st.shared.b8 [%r14], %rs1;")
+
+
+COPY = "cp.async.cg.shared.global [%r11], [%rd9003], 16, 16; cp.async.commit_group;"
+
+
+def test_a_copy_arrives_when_it_was_waited_for() -> None:
+    wait = f"{COPY} cp.async.wait_group 0;"
+    passes(f"{PLACES} {wait} ld.shared.b32 %r100, [%r11];")
+    for copies in (AT_ONCE, LATE):
+        caught("in_flight", f"{PLACES} {COPY} ld.shared.b32 %r100, [%r11];", copies=copies)
+        caught(
+            "in_flight", f"{PLACES} {COPY} cp.async.wait_group 1; ld.shared.b32 %r100, [%r11];", copies=copies
+        )
+        caught("in_flight", f"{PLACES} {COPY} st.shared.b32 [%r11], %r0;", copies=copies)
+    # The wait is each warp's own: the data of others needs a barrier after it.
+    caught("shared_race in_flight", f"{PLACES} {wait} bar.sync 0; {wait} ld.shared.b32 %r100, [%r13];")
+    passes(f"{PLACES} {wait} bar.sync 0; ld.shared.b32 %r100, [%r13];")
+
+
+def test_a_copy_fills_with_zeros() -> None:
+    body = f"""{PLACES}
+        cp.async.cg.shared.global [%r11], [%rd9003], 16, %r14; cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.v4.b32 {{%r100, %r101, %r102, %r103}}, [%r11];
+    """
+    assert (execute("mov.b32 %r14, 0;" + body) == 0).all()
+    assert execute("mov.b32 %r14, 16;" + body)[3].tolist() == [24, 25, 26, 27]
+
+
+def test_bounds_and_alignment() -> None:
+    caught("bounds", "ld.global.b32 %r100, [%rd9003 + 4096];")
+    caught("bounds", "st.global.b32 [%rd9001 + -4], %r0;")
+    caught("alignment", "ld.global.b32 %r100, [%rd9003 + 2];")
+    caught("alignment", "ld.global.v4.b32 {%r100, %r101, %r102, %r103}, [%rd9003 + 8];")
+    caught("shared_bounds", "mov.b32 %r10, global_smem; st.shared.b32 [%r10 + 16384], %r0;")
+    caught("shared_bounds", "mov.b32 %r10, 0; st.shared.b32 [%r10], %r0;")
+    caught("alignment", "mov.b32 %r10, global_smem; st.shared.v2.b32 [%r10 + 4], {%r0, %r1};")
+    # A guarded lane touches nothing.
+    passes("setp.ne.b32 %p1, %r0, %r0; @%p1 ld.global.b32 %r100, [%rd9003 + 4096];")
+
+
+def test_what_was_never_written_may_not_matter() -> None:
+    caught("uninitialised", "add.s32 %r100, %r55, 1;")
+    caught("uninitialised", "@%p5 mov.b32 %r100, 1;")
+    caught("uninitialised", "@%p5 bra $X; mov.b32 %r100, 1; $X:")
+    caught(
+        "uninitialised", "cvt.u64.u32 %rd5, %r55; add.s64 %rd6, %rd9003, %rd5; ld.global.b32 %r100, [%rd6];"
+    )
+    caught("uninitialised", "mov.b32 %r10, global_smem; ld.shared.b32 %r100, [%r10];")
+    caught("uninitialised", "shfl.sync.bfly.b32 %r100, %r55, 1, 31, -1;")
+    # Half of the lanes were given a value.
+    caught("uninitialised", "setp.lt.s32 %p1, %r9000, 40; @%p1 mov.b32 %r55, 1; mov.b32 %r100, %r55;")
+    # It may be carried about, as long as no result depends on it.
+    passes("setp.eq.b32 %p1, %r0, %r0; add.s32 %r56, %r55, 1; selp.b32 %r100, %r0, %r56, %p1;")
+
+
+def test_lanes_must_meet() -> None:
+    caught("lanes", "setp.lt.s32 %p1, %r9000, 5; @%p1 shfl.sync.bfly.b32 %r100, %r0, 1, 31, -1;")
+    caught("lanes", "setp.lt.s32 %p1, %r9000, 5; @%p1 bar.sync 0;")
+
+
+def test_an_endless_loop_ends() -> None:
+    caught("endless", "$X: bra $X;", budget=10000, seeds=1)
+
+
+# Blocks count in the first word of `in` and leave their share in `out` (second KiB of the same 2 KiB).
+ARRIVE = """
+    mov.b32 %r100, 0; mov.b32 %r20, 1;
+    setp.eq.b32 %p1, %r9000, 0;
+    mul.wide.u32 %rd10, %r9009, 4;
+    add.s64 %rd11, %rd9001, %rd10;
+    @%p1 st.global.b32 [%rd11 + 48], %r20;
+    {barrier}
+    @%p1 atom.global.gpu.{order}.add.u32 %r21, [%rd9000 + 32], %r20;
+    @!%p1 bra $END;
+    setp.ne.b32 %p2, %r21, 2;
+    @%p2 bra $END;
+    ld.global.b32 %r30, [%rd9001 + 48];
+    ld.global.b32 %r31, [%rd9001 + 52];
+    ld.global.b32 %r32, [%rd9001 + 56];
+    $END: ret;
+"""
+
+
+def arriving(order: str) -> str:
+    return ARRIVE.format(order=order, barrier="")
+
+
+def test_blocks_are_ordered_by_release_and_acquire_only() -> None:
+    passes(arriving("acq_rel"), blocks=3)
+    for order in ("relaxed", "release", "acquire"):
+        caught("global_race", arriving(order), blocks=3)
+
+
+def test_a_release_covers_what_its_warp_met_at_a_barrier() -> None:
+    other = arriving("acq_rel").replace("@%p1 st.global", "setp.eq.b32 %p3, %r9000, 32; @%p3 st.global")
+    passes(other.replace("@%p1 atom", "bar.sync 0; @%p1 atom"), blocks=3)
+    caught("global_race", other, blocks=3)
+
+
+def test_two_blocks_write_one_cell() -> None:
+    caught("global_race", "st.global.b32 [%rd9004 + 32], %r9009;", blocks=2)
+    passes(
+        "mul.wide.u32 %rd10, %r9009, 4; add.s64 %rd11, %rd9004, %rd10; st.global.b32 [%rd11 + 32], %r0; ret;",
+        blocks=2,
+    )
+
+
+def test_stores_stay_invisible_until_released() -> None:
+    """With the detector off: the last block reads what the others left only behind a release."""
+    body = arriving("{order}").replace("$END: ret;", """
+        add.s32 %r33, %r30, %r31; add.s32 %r33, %r33, %r32;
+        st.global.b32 [%rd9001], %r33; $END: ret;""")  # fmt: skip
+    sums: dict[str, set[int]] = {"acq_rel": set(), "relaxed": set()}
+    for order, found in sums.items():
+        for seed in range(6):
+            schedule = Schedule(seed=seed, detect=False, quantum=3)
+            found.add(int(execute(body.format(order=order), blocks=3, schedule=schedule)[0, 0]))
+    assert sums["acq_rel"] == {3}
+    assert min(sums["relaxed"]) < 3
