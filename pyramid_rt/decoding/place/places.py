@@ -178,6 +178,10 @@ class CudaPlace(HostPlace):
         """See `Place`. torch keeps freed blocks of the device too."""
         super().trim()
         with self.work():
+            # cuBLAS keeps a workspace of tens of MiB for each stream; torch has no public way to let go of it.
+            clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+            if clear is not None:
+                clear()
             torch.cuda.empty_cache()
 
 
