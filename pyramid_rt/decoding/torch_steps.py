@@ -112,7 +112,10 @@ class TorchSteps:
         """A proposal of tokens that no model has drawn, each of which was sure to come."""
         plan, at, base, live = self.plan, self._at, opened.proposal, opened.live
         steps = min(plan.burst, int(at.limit - base)) if plan.host_control else plan.burst
-        tokens, offered = proposer.propose(self.state.tokens, at.end, steps)
+        proposal = proposer.propose(self.state.tokens, at.end, steps)
+        tokens, offered = proposal.tokens, proposal.count
+        if proposal.parents is not None:
+            raise InputError(f"proposer {proposer.name!r} offered a tree, expected a chain: parents=None")
         if plan.host_control:
             offered = int(offered)
             wrong = [token for token in tokens[:offered].tolist() if not 0 <= token < self.vocab_size]
