@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -20,12 +20,11 @@ from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.tuning.replay import Costs, Curve, Trace, kinds_of
+from pyramid_rt.tuning.turns import Now
 
 if TYPE_CHECKING:
     from pyramid_rt.decoding.tiers import Tier
     from pyramid_rt.pyramid import Pyramid
-
-Now = Callable[[], float]
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 32)
 MOST_SAMPLES = 15

@@ -102,9 +102,7 @@ def trace_of(tables: list[torch.Tensor]) -> Trace:
     return Trace(own, {(a, b): tuple(ops.divergence("js", rows[b], rows[a]).tolist()) for a, b in pairs})
 
 
-def decode(
-    tables: list[torch.Tensor], plan: RoundPlan, levels: Sequence[int]
-) -> tuple[Replay, list[int]]:
+def decode(tables: list[torch.Tensor], plan: RoundPlan, levels: Sequence[int]) -> tuple[Replay, list[int]]:
     """The real recursion over the same tables, and the tokens it wrote."""
     tiers = [PositionTier(str(level), tables[level]) for level in levels]
     state = State.allocate(plan, MAX_SEQ, VOCAB, torch.device("cpu"))
