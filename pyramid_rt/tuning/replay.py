@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What every tier says at each position of one text of n new tokens.
+    """The answers of every tier at each position of one text of n new tokens.
 
     Attributes:
         own: per tier, small to large, its own token after the text up to there: n ids.
@@ -83,7 +83,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What one setting did on one trace.
+    """The course of one setting on one trace.
 
     Attributes:
         committed: tokens, without the one that prefill gives.
@@ -206,7 +206,7 @@ class ReplaySteps:
 
 
 def _standing(rule: Rule, trace: Trace, pair: tuple[int, int]) -> tuple[Sequence[bool], bool]:
-    """Where a rule lets any token stand, and whether it also lets the verifying tier's own token stand."""
+    """The positions where a rule lets any token stand, and True where it also lets the verifier's own token stand."""
     replayed = rule.replayed
     if replayed is None:
         raise InputError(f"rule {rule.name!r} cannot be tuned: it says nothing of how it is replayed")
@@ -279,7 +279,7 @@ def kinds_of(rules: Sequence[Rule]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of a setting, over all traces.
+    """The model's word on a setting, over all traces.
 
     Attributes:
         setting: whose.

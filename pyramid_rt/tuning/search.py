@@ -43,7 +43,7 @@ COMMON = (*UNIT, "lossless_rule", "temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class TuneOptions:
-    """What to search, and for how long.
+    """The extent of a search, and its time.
 
     Attributes:
         max_new_tokens: length of each output, >= 2; an end-of-sequence ends it earlier.
@@ -141,7 +141,7 @@ class Tuning:
     chosen: Row
 
     def defaults(self) -> dict[str, Any]:
-        """What `pyramid.json` should say; a threshold comes with the divergence it belongs to."""
+        """The defaults that `pyramid.json` should hold; a threshold comes with the divergence it belongs to."""
         wanted = self.chosen.setting.options()
         if any(name.endswith("threshold") for name in wanted):
             wanted |= {name: self.common[name] for name in UNIT}
@@ -271,7 +271,7 @@ class _Session:
         return self.clock() - self.begin + spare > share * self.options.budget
 
     def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
-        """What the target writes after as many prompts as the time allows."""
+        """The target's texts after as many prompts as the time allows."""
         baseline = Setting(BASELINE)
         # No clock may see a tier's first pass, which compiles and fills caches.
         for setting in self._probed():
@@ -313,7 +313,7 @@ class _Session:
         return [self._probe(setting, turns.runs(place)) for place, setting in enumerate(settings)]
 
     def _probe(self, setting: Setting, runs: Sequence[Timed[Written]]) -> Probe:
-        """What running a setting on the first prompts says about the costs."""
+        """The costs of a setting as its runs on the first prompts show them."""
         plan, levels = self._chain(setting)
         done = [replay(trace, plan, levels) for trace in self.traces[: len(runs)]]
         passes = [sum((one.passes[place] for one in done), Counter()) for place in range(len(levels))]
@@ -351,7 +351,7 @@ class _Session:
         return self.traces[:enough]
 
     def _current(self) -> Setting | None:
-        """What a call without options runs now, where the search can say it and may choose it."""
+        """The setting of a call without options, where the search can say it and may choose it."""
         method, defaults = self.pyramid.default_method, self.pyramid.defaults
         if method == CHAIN or ("inner_rounds" in defaults and TIERS_NEEDED[method] > 2):
             return None
@@ -430,13 +430,13 @@ class Written:
     stats: dict[str, Any]
 
     def count(self) -> int:
-        """How many tokens."""
+        """The number of tokens."""
         return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What the target wrote after a prompt, by the prompt's place among those given."""
+    """The target's text after a prompt, by the prompt's place among those given."""
 
     prompt: int
     tokens: list[int]
@@ -463,7 +463,7 @@ def choose(rows: Sequence[Row], max_differs: float) -> Row:
     """The row with the highest ratio to the baseline.
 
     A lossy one must keep to `max_differs`, and be faster than the best lossless one by the factor `LOSSY_GAIN`:
-    nobody should give up the target's own text for the noise of a measurement.
+    the noise of a measurement is no reason to give up the target's own text.
     """
     best = max((row for row in rows if row.differs is None), key=lambda row: row.ratio)
     lossy = [row for row in rows if row.differs is not None and row.differs <= max_differs]

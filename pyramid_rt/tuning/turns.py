@@ -44,7 +44,7 @@ class Turns(Generic[R]):
 
     @property
     def prompts(self) -> int:
-        """How many prompts were run; 0 before the first."""
+        """The number of prompts that were run; 0 before the first."""
         return len(self.repeats[0]) if self.repeats else 0
 
     def runs(self, contender: int, repeat: int = 0) -> list[Timed[R]]:
