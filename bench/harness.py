@@ -1,4 +1,4 @@
-"""Shared by the benches: contenders taking turns in one process, and what a row must say about where it ran."""
+"""Helpers of the benches: contenders side by side in one process, and what a row must say about where it ran."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from pyramid_rt.tuning.turns import take_turns
 
 P = TypeVar("P")
 
@@ -74,29 +76,21 @@ class Timings:
         return self.outputs[a] == self.outputs[b]
 
 
-def take_turns(
+def side_by_side(
     contenders: dict[str, Callable[[P], list[int]]], prompts: Sequence[P], repeats: int
 ) -> Timings:
-    """Time every contender on every prompt, A B C A B C ..., after one unmeasured turn on the first prompt.
+    """Time contenders taking turns on prompts, after one unmeasured turn on the first prompt.
 
     Args:
         contenders: by name; each takes a prompt and returns its new tokens.
     """
-    result = Timings({name: [] for name in contenders}, {name: [] for name in contenders})
     for run in contenders.values():
         run(prompts[0])
-    for _ in range(repeats):
-        seconds = dict.fromkeys(contenders, 0.0)
-        outputs: dict[str, list[list[int]]] = {name: [] for name in contenders}
-        for prompt in prompts:
-            for name, run in contenders.items():
-                begin = time.perf_counter()
-                tokens = run(prompt)
-                seconds[name] += time.perf_counter() - begin
-                outputs[name].append(tokens)
-        result.outputs = outputs
-        for name, spent in seconds.items():
-            result.rates[name].append(sum(map(len, outputs[name])) / spent)
+    turns = take_turns(list(contenders.values()), prompts, repeats, tokens=len)
+    result = Timings()
+    for place, name in enumerate(contenders):
+        result.outputs[name] = [run.outcome for run in turns.runs(place, -1)]
+        result.rates[name] = turns.rates(place)
     return result
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyramid_rt
-from bench.harness import Timings, environment, take_turns, write_json
+from bench.harness import Timings, environment, side_by_side, write_json
 from bench.smollm2 import cases, fetch, load_peer
 from pyramid_rt.cli.command import DEMO_PROMPTS
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, METHODS
@@ -89,7 +89,7 @@ def compare_smollm2(directory: Path, device: str, dtype: str, repeats: int, new_
             "ours": ours(pyramid, "ar", new_tokens),
             "transformers": theirs(model, new_tokens, device),
         }
-        return take_turns(contenders, prompts, repeats)
+        return side_by_side(contenders, prompts, repeats)
 
 
 def compare_demo(device: str, dtype: str, repeats: int, new_tokens: int) -> Timings:
@@ -111,7 +111,7 @@ def compare_demo(device: str, dtype: str, repeats: int, new_tokens: int) -> Timi
         contenders["transformers assisted, our length"] = theirs(
             target, new_tokens, device, assistant_model=fixed
         )
-        return take_turns(contenders, prompts, repeats)
+        return side_by_side(contenders, prompts, repeats)
 
 
 def ratios(smollm2: Timings | None, demo: Timings) -> dict[str, list[float] | None]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.kernels.limits import WINDOW
-from pyramid_rt.kernels.reference.forward import rotary_table
+from pyramid_rt.kernels.reference.forward import compact, rotary_table
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.matrix import Dense, Matrix, Packed, worth_packing
+from pyramid_rt.models.trees import Tree
 
 # Cache rows past the context, for a round that runs over its end.
 SLACK_ROWS = WINDOW
@@ -190,11 +191,22 @@ class KVCache:
         buffer = torch.zeros(shape, dtype=dtype, device=device)
         return cls(buffer, list(buffer[:, 0]), list(buffer[:, 1]))
 
+    def compact(self, start: Tensor, path: Tensor, count: Tensor) -> None:
+        """Move the rows of a tree's accepted path together; arguments as of `kernels.reference.forward.compact`."""
+        compact(self.buffer, start, path, count)
+
 
 def forward(
-    model: Llama, cache: KVCache, tokens: Tensor, start: Tensor, *, rows: Tensor | None, kv_bound: int
+    model: Llama,
+    cache: KVCache,
+    tokens: Tensor,
+    start: Tensor,
+    *,
+    rows: Tensor | None,
+    kv_bound: int,
+    tree: Tree | None = None,
 ) -> Tensor | None:
-    """Run a window of tokens at absolute positions start .. start + T - 1.
+    """Run a window of tokens in the cache rows start .. start + T - 1, which are their positions too but for a tree.
 
     Writes their keys and values into the cache; row t attends to the cache rows 0 .. start + t. Rows of the
     window after the last real token may hold anything in the vocabulary: no earlier row sees them. The caller
@@ -209,13 +221,19 @@ def forward(
         rows: [R] int64 indices into the window whose logits are wanted; None skips the head (prefill).
         kv_bound: host number of cache rows to consider, at least start + T. It changes the cost and, by
             rounding, the last bits, nothing else.
+        tree: of the window's rows, up to 64; then no row but its ancestors sees a row of the window. None: a chain.
+            Raises ValueError where the backend knows chains only.
 
     Returns:
         [R, V] float32 logits, or None without `rows`. They hold until the next pass of this model.
     """
     length, most = tokens.shape[0], model.backend.longest_window
     if most is None or length <= most:
-        return _pass(model, cache, tokens, start, rows, kv_bound)
+        return _pass(model, cache, tokens, start, rows, kv_bound, tree)
+    if tree is not None:
+        raise ValueError(
+            f"a tree of {length} rows, expected at most {most} on backend {model.backend.name!r}"
+        )
     last = (length - 1) // most * most
     for begin in range(0, last, most):
         _pass(model, cache, tokens[begin : begin + most], start + begin, None, kv_bound)
@@ -224,12 +242,18 @@ def forward(
 
 
 def _pass(
-    model: Llama, cache: KVCache, tokens: Tensor, start: Tensor, rows: Tensor | None, kv_bound: int
+    model: Llama,
+    cache: KVCache,
+    tokens: Tensor,
+    start: Tensor,
+    rows: Tensor | None,
+    kv_bound: int,
+    tree: Tree | None = None,
 ) -> Tensor | None:
     """`forward` of a window that the backend takes as a whole."""
     backend = model.backend
     group = model.config.num_heads // model.config.num_kv_heads
-    window = backend.window(model.rotary, start, tokens.shape[0], kv_bound, group)
+    window = backend.window(model.rotary, start, tokens.shape[0], kv_bound, group, tree)
     x = backend.embed(model.embedding, tokens, model.layers[0].attn_norm, window)
     x = run_layers(model, cache, backend, x, window, rows is None)
     return None if rows is None else backend.head(x, rows, model.norm, model.config.rms_norm_eps, model.head)

@@ -31,7 +31,7 @@ _SUFFIX = ".part"
 
 
 def kind_of(path: Path) -> str | None:
-    """What is at a path: "directory", "file", or in words what else ("FIFO"); None for nothing.
+    """The kind of thing at a path: "directory", "file", or another in words ("FIFO"); None for nothing.
 
     Raises:
         WeightsError: the system cannot say, as for a name that is too long or a link to itself.

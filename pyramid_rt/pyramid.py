@@ -34,7 +34,8 @@ from pyramid_rt.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 GraphKind = Literal["round", "step"]
 CHAIN = "chain"
-_ENGINES_KEPT = 8
+# Buffers and captured graphs of so many plans are kept; one more makes room by the least lately used.
+ENGINES_KEPT = 8
 
 
 class Pyramid:
@@ -354,7 +355,7 @@ class Pyramid:
             for tier in tiers:
                 if isinstance(tier, ModelTier):
                     tier.ready()
-            while len(self._kept) >= _ENGINES_KEPT:
+            while len(self._kept) >= ENGINES_KEPT:
                 self._kept.popitem(last=False)
             plan = replace(plan, rules=rules)
             self._kept[key] = Engine(

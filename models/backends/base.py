@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pyramid_rt.models.matrix import Matrix
+from pyramid_rt.models.trees import Tree
 
 
 class Backend(Protocol):
@@ -28,8 +29,20 @@ class Backend(Protocol):
         """Most rows of one pass; None for any number."""
         ...
 
-    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Any:
-        """Positions start .. start + length - 1, start a 0-d int64 device tensor, rotary the whole table."""
+    def window(
+        self,
+        rotary: Tensor,
+        start: Tensor,
+        length: int,
+        kv_bound: int,
+        group: int,
+        tree: Tree | None = None,
+    ) -> Any:
+        """Cache rows start .. start + length - 1, start a 0-d int64 device tensor, rotary the whole table.
+
+        Without a tree they are positions too, and a row sees all up to itself. Raises ValueError for a tree where
+        the backend knows chains only.
+        """
         ...
 
     def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Any) -> Tensor:
@@ -47,7 +60,7 @@ class Backend(Protocol):
         v_cache: Tensor,
         window: Any,
     ) -> Tensor:
-        """RMSNorm, joint Q, K, V projection, RoPE; writes K and V [KV, S, D] at the window's positions.
+        """RMSNorm, joint Q, K, V projection, RoPE; writes K and V [KV, S, D] at the window's cache rows.
 
         x [T, C], weight [(H + 2 KV) D, C] with the rows of Q, K and V in this order -> q [T, H, D].
         """

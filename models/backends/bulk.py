@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from pyramid_rt.models.backends.torch import TorchBackend, Window
 from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.trees import Tree, refuse_tree
 
 # Tokens of a chunk. On an H200 a layer of the 8B takes 0.71 us a token at 256 rows and 0.59 at 512, and the host
 # needs as long to start either: at 256 it is what a prompt waits for. What is left over at the end of a prompt, up to
@@ -42,11 +43,20 @@ class BulkWindow(Window):
 class BulkBackend(TorchBackend):
     """The reference ops, with attention that needs no mask in memory."""
 
-    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> BulkWindow:
+    def window(
+        self,
+        rotary: Tensor,
+        start: Tensor,
+        length: int,
+        kv_bound: int,
+        group: int,
+        tree: Tree | None = None,
+    ) -> BulkWindow:
         """See `Backend`; kv_bound must be start + length."""
-        positions = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
-        cos, sin = rotary.index_select(0, positions).chunk(2, 1)
-        return BulkWindow(positions, cos, sin, rotary[:0], kv_bound)
+        refuse_tree(tree, "bulk")
+        slots = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
+        cos, sin = rotary.index_select(0, slots).chunk(2, 1)
+        return BulkWindow(slots, slots, None, cos, sin, rotary[:0], kv_bound)
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`."""

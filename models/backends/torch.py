@@ -9,19 +9,26 @@ from torch import Tensor
 
 from pyramid_rt.kernels.reference import forward as reference
 from pyramid_rt.models.matrix import Matrix
+from pyramid_rt.models.trees import Tree
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The positions of one forward pass's rows; made once per pass, read by every layer.
+    """The places of one forward pass's rows; made once per pass, read by every layer.
+
+    In a chain slot and position are one; the nodes of a tree that are equally deep have one position and a slot each.
 
     Attributes:
-        positions: [T] int64, absolute positions start .. start + T - 1.
-        cos, sin: [T, 1, D] dtype, their rows of the rotary table.
+        slots: [T] int64, cache rows start .. start + T - 1.
+        positions: [T] int64, by which a row is rotated: start + its depth. The same tensor in a chain.
+        ancestors: [T] int64 as in `Tree`; None in a chain.
+        cos, sin: [T, 1, D] dtype, the positions' rows of the rotary table.
         mask: [T * G, kv_bound] dtype, 0 where a row sees a cache row and -inf elsewhere.
     """
 
+    slots: Tensor
     positions: Tensor
+    ancestors: Tensor | None
     cos: Tensor
     sin: Tensor
     mask: Tensor
@@ -41,12 +48,25 @@ class TorchBackend:
         """See `Backend`."""
         return None
 
-    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> Window:
+    def window(
+        self,
+        rotary: Tensor,
+        start: Tensor,
+        length: int,
+        kv_bound: int,
+        group: int,
+        tree: Tree | None = None,
+    ) -> Window:
         """See `Backend`."""
-        positions = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
-        mask = reference.causal_mask(positions, kv_bound, group, rotary.dtype)
+        slots = torch.arange(length, dtype=torch.int64, device=start.device).add_(start)
+        if tree is None:
+            positions, ancestors = slots, None
+            mask = reference.causal_mask(slots, kv_bound, group, rotary.dtype)
+        else:
+            positions, ancestors = tree.depths + start, tree.ancestors
+            mask = reference.tree_mask(start, ancestors, kv_bound, group, rotary.dtype, length=length)
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
-        return Window(positions, cos, sin, mask)
+        return Window(slots, positions, ancestors, cos, sin, mask)
 
     def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Window) -> Tensor:
         """See `Backend`."""
@@ -70,8 +90,8 @@ class TorchBackend:
         heads = joint.shape[1] - 2 * kv_heads
         qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
         q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
-        reference.write_cache(k_cache, k, window.positions)
-        reference.write_cache(v_cache, v, window.positions)
+        reference.write_cache(k_cache, k, window.slots)
+        reference.write_cache(v_cache, v, window.slots)
         return q
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:

@@ -26,6 +26,7 @@ from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import SLACK_ROWS, KVCache, Llama, run_layers
 from pyramid_rt.models.matrix import Matrix
+from pyramid_rt.models.trees import Tree, refuse_tree
 
 _MOST_GROUP = 8
 
@@ -194,8 +195,17 @@ class TritonBackend:
         """The same backend, whose launches are put into a list and not run."""
         return replace(self, emit=into.append)
 
-    def window(self, rotary: Tensor, start: Tensor, length: int, kv_bound: int, group: int) -> TritonWindow:
+    def window(
+        self,
+        rotary: Tensor,
+        start: Tensor,
+        length: int,
+        kv_bound: int,
+        group: int,
+        tree: Tree | None = None,
+    ) -> TritonWindow:
         """See `Backend`."""
+        refuse_tree(tree, self.name)
         return TritonWindow(start, length, kv_bound, rotary)
 
     def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: TritonWindow) -> Tensor:

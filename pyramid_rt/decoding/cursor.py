@@ -1,4 +1,4 @@
-"""Where the text stands while a round goes on, and what the round counts.
+"""The cursor: where the text stands while a round goes on, and what the round counts.
 
 Both are a few numbers, of which there is one small op after another on a device. Under host control they are
 numbers of the host instead, read once at the start of a round and written back at its end; everything else is the
@@ -64,7 +64,7 @@ class Cursor:
         return self.end.clone() if isinstance(self.end, Tensor) else self.end
 
     def unfinished(self) -> Flag:
-        """Whether another token may be put."""
+        """True while another token may be put."""
         return but_not(self.end < self.limit, self.ended)
 
     def number(self, value: Tensor) -> Number:
@@ -90,15 +90,15 @@ class Cursor:
             return self.state.tokens[first : first + count]
         return self.state.tokens.gather(0, self.places(first, count))
 
-    def put(self, token: Tensor, live: Flag) -> None:
-        """Append token [1] where `live`; on the device another write goes to the buffer's last entry."""
+    def put(self, token: Tensor, active: Flag) -> None:
+        """Append token [1] where `active`; on the device another write goes to the buffer's last entry."""
         state = self.state
-        if isinstance(live, Tensor):
-            slot = torch.where(live, state.end, self.line.shape[0] - 1).reshape(1)
+        if isinstance(active, Tensor):
+            slot = torch.where(active, state.end, self.line.shape[0] - 1).reshape(1)
             state.tokens.index_put_((slot,), token)
-            state.ended.logical_or_(live & state.stop_mask.gather(0, token).squeeze(0))
-            state.end.add_(live)
-        elif live:
+            state.ended.logical_or_(active & state.stop_mask.gather(0, token).squeeze(0))
+            state.end.add_(active)
+        elif active:
             self.tokens(self.end, 1).copy_(token)
             self.ended = bool(state.stop_mask[int(token)])
             self.end += 1
@@ -156,7 +156,7 @@ class Cursor:
 
 
 def but_not(value: Flag, excluded: Flag) -> Flag:
-    """Whether the one holds and not the other."""
+    """value AND NOT excluded."""
     return value & ~excluded if isinstance(excluded, Tensor) else value and not excluded
 
 

@@ -24,7 +24,7 @@ class WindowRoundRunner(RoundRunner, Protocol):
     """A runner that processes a prompt by lists of launches too, which always take 64 tokens."""
 
     def place(self, start: Tensor | int) -> None:
-        """Where the next `fill` or `first` begins."""
+        """Set the position at which the next `fill` or `first` begins."""
         ...
 
     def compile(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -41,7 +41,7 @@ class WindowRoundRunner(RoundRunner, Protocol):
 
 
 def by_kernels(tiers: Sequence[Tier], plan: RoundPlan) -> bool:
-    """Whether rounds run from a list of launches: under device control, where every tier and every rule can."""
+    """True where rounds run from a list of launches: under device control, if every tier and every rule can."""
     return (
         not plan.host_control
         and all(getattr(tier, "device_rounds", False) for tier in tiers)
@@ -120,7 +120,7 @@ class Engine:
 
     @property
     def timed(self) -> bool:
-        """Whether the time of each tier shows: not where a whole round is one graph."""
+        """True where the time of each tier shows: not where a whole round is one graph."""
         return self._graphs is None or self._graphs.stepwise
 
     @property
@@ -169,7 +169,7 @@ class Engine:
 
     @inside
     def restart(self, end: int, clock: TierTimer) -> None:
-        """A new text of `end` tokens: forget rounds that nobody read, and time forwards by this clock."""
+        """A new text of `end` tokens: forget rounds that were not read, and time forwards by this clock."""
         self._clock = clock
         self._reader.restart(end)
         self._rounds.restart(clock)
@@ -185,12 +185,12 @@ class Engine:
         self.tiers[level].forward(self.state.tokens[begin:end], start, None, end)
 
     def whole_chunks(self, level: int, prompt: int) -> int:
-        """How many of a prompt's first tokens a tier takes by `fill_chunk`: 0 where it has no such way."""
+        """The count of a prompt's first tokens that a tier takes by `fill_chunk`: 0 where it has no such way."""
         tier = self._bulk_tier(level)
         return 0 if tier is None else tier.whole_chunks(prompt)
 
     def bulk(self, level: int) -> int:
-        """How many leading positions of a tier's cache `fill_chunk` made."""
+        """The count of leading positions of a tier's cache that `fill_chunk` made."""
         tier = self._bulk_tier(level)
         return 0 if tier is None else tier.bulk
 
@@ -235,7 +235,7 @@ class Engine:
 
     @inside
     def run(self, known_end: int) -> None:
-        """`launch` of a round that nobody will read."""
+        """A round without readback; else as `launch`."""
         if self._graphs is not None:
             self._call("round", known_end, self._round)
         else:  # which may be under host control, where rounds have no fixed sections

@@ -33,7 +33,7 @@ class Generation:
     """Decodes one prompt. `start` once, then `advance` until `finished`; `close` when nothing more is wanted.
 
     Under device control the next round is started before the last one is read, so that the device need not
-    wait for the host; what the device decoded beyond the last commit the host took is nobody's.
+    wait for the host; tokens past the last commit read by the host are discarded.
 
     Args:
         engine: of the method; everything of the request in its state is overwritten.
@@ -194,7 +194,7 @@ class Generation:
         state.bad.fill_(NO_POSITION)
 
     def _share(self, level: int, most: int) -> int:
-        """How many of the prompt's first tokens, up to `most`, are in a tier's cache; the rest is given up."""
+        """The count of the prompt's first tokens, up to `most`, that a tier's cache holds; the rest is given up."""
         count = min(shared_prefix(self._tiers[level].held, self._prompt), most) if self._reuse else 0
         whole, bulk = self._engine.whole_chunks(level, len(self._prompt)), self._engine.bulk(level)
         if bulk != whole or count < whole:
@@ -239,7 +239,7 @@ class Generation:
         return min(len(self._tokens) + self._engine.unread * self._plan.longest_commit, self._limit)
 
     def _goes_on(self) -> bool:
-        """Whether rounds that were not read may leave something to do: each commits at least one token."""
+        """True where rounds that were not read may leave something to do: each commits at least one token."""
         return len(self._tokens) + self._engine.unread < self._limit
 
     def _read(self) -> Commit:

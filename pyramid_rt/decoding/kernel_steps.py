@@ -1,7 +1,7 @@
 """The steps of a round as kernel launches: a flat list, written down once and run again for every round.
 
-Nothing in the list depends on a device value, so it is what a CUDA graph captures. Every decision opens the
-round that follows it (`kernels.decode_state.mark`): a round costs one launch beside its forward pass, or two where
+Nothing in the list depends on a device value, so it is what a CUDA graph captures. Every decision opens the round
+that follows it (`kernels.decide.decode_state.mark`): a round costs one launch beside its forward pass, or two where
 processed distributions are wanted (filters, rejection, a divergence on processed logits).
 """
 
@@ -28,7 +28,7 @@ from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
-from pyramid_rt.kernels.decide import filters as thresholds
+from pyramid_rt.kernels.decide import filters as filter_kernels
 from pyramid_rt.kernels.decide.decode_state import END, DecodeState, base_at, cached_at, live_at
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.kernels.limits import WINDOW
@@ -75,11 +75,11 @@ class KernelSteps:
         self.stages: list[Stage] = []
 
     def begin(self, known_end: int | None) -> KernelRound:
-        """The outer round is open: the launch before it has seen to that."""
+        """No launch: the last decision, or the prompt's end, opened the outer round."""
         return KernelRound(self.plan.tiers - 1)
 
     def inner(self, outer: KernelRound) -> KernelRound:
-        """Likewise."""
+        """No launch: the decision before it, or the start of the outer round, opened this round."""
         return KernelRound(outer.level - 1)
 
     def sample(self, opened: KernelRound) -> None:
@@ -92,7 +92,7 @@ class KernelSteps:
             # Without filters the rows of a whole burst are processed together, when they are judged.
             stored = plan.filters
             if stored:
-                self.decide(thresholds.plan(decode_state, 0, 1, draw=True, filters=True))
+                self.decide(filter_kernels.plan(decode_state, 0, 1, draw=True, filters=True))
             self.decide(sample.plan(decode_state, 0, first=False, stored=stored))
 
     def verify(self, opened: KernelRound) -> None:
@@ -105,7 +105,7 @@ class KernelSteps:
         late = level == 1 and self.processed[0] and not plan.filters
         if stored or late:
             self.decide(
-                thresholds.plan(decode_state, level, count, draw=False, filters=plan.filters, below=late)
+                filter_kernels.plan(decode_state, level, count, draw=False, filters=plan.filters, below=late)
             )
         until = None
         if plan.inner_rounds is None and level < plan.tiers - 1:
@@ -133,16 +133,14 @@ class KernelSteps:
         self.decide(sample.plan_begin(decode_state))
         self.run_tier(self.request(level, start, decode_state.word(END), WINDOW, 1, self.kv_bound), level)
         if filters:
-            self.decide(thresholds.plan(decode_state, level, 1, draw=True, filters=True))
+            self.decide(filter_kernels.plan(decode_state, level, 1, draw=True, filters=True))
         self.decide(sample.plan(decode_state, level, first=True, stored=filters))
 
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on; skipped where its round has ended."""
-        start, live = (
-            self.decode_state.word(cached_at(level)),
-            self.decode_state.word(live_at(self.plan.tiers, level)),
-        )
-        self.run_tier(self.request(level, start, decided, width, count, self.kv_bound, live), level)
+        start = self.decode_state.word(cached_at(level))
+        active = self.decode_state.word(live_at(self.plan.tiers, level))
+        self.run_tier(self.request(level, start, decided, width, count, self.kv_bound, active), level)
 
     def request(
         self,
@@ -152,7 +150,7 @@ class KernelSteps:
         width: int,
         count: int,
         kv_bound: int,
-        live: Tensor | None = None,
+        active: Tensor | None = None,
     ) -> DeviceForward:
         """A forward pass into this decode_state's buffers."""
         decode_state = self.decode_state
@@ -169,7 +167,7 @@ class KernelSteps:
             seed=decode_state.seed,
             temperature=decode_state.temperature,
             kv_bound=kv_bound,
-            live=live,
+            active=active,
         )
 
     def run_tier(self, request: DeviceForward, level: int) -> None:
@@ -248,7 +246,7 @@ class KernelRoundRunner:
         sample.plan_begin(self.decode_state).run()
 
     def place(self, start: Tensor | int) -> None:
-        """Where the next `fill` or `first` begins."""
+        """Set the position at which the next `fill` or `first` begins."""
         if isinstance(start, Tensor):
             self._at.copy_(start)
         else:

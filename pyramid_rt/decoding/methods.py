@@ -15,7 +15,7 @@ LOSSLESS_RULES = ("match", "rejection")
 
 @dataclass(frozen=True, slots=True)
 class RuleOptions:
-    """What the rules of a named method are made of; see `GenerationOptions` for the fields."""
+    """The options that the rules of a named method are made of; see `SamplingParams` for the fields."""
 
     qualifier_threshold: float
     target_threshold: float
@@ -25,7 +25,7 @@ class RuleOptions:
 
 
 def best_method(tiers: int) -> str:
-    """The default where nobody names one: the lossless method that uses the most of `tiers` tiers."""
+    """The default of a call that names none: the lossless method that uses the most of `tiers` tiers."""
     return "ar" if tiers == 1 else "sd" if tiers == 2 else "psd"
 
 

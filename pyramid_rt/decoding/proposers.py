@@ -1,9 +1,10 @@
-"""What may stand at the bottom of a pyramid instead of a tier: something that offers tokens without a model."""
+"""Proposers: what may stand at the bottom of a pyramid instead of a tier and offers tokens without a model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -12,6 +13,33 @@ from torch import Tensor
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import InputError
+from pyramid_rt.models.trees import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Tokens offered to the tier above, and the one that each would follow.
+
+    Attributes:
+        tokens: int64 [n] ids.
+        count: the first so many are offered: an int, or under device control int64 [].
+        parents: int64 [n], for each token the index, below its own, of the one it follows, -1 for the text's last.
+            None for a chain, in which each follows the one before it.
+    """
+
+    tokens: Tensor
+    count: int | Tensor
+    parents: Tensor | None = None
+
+    def tree(self, pending: int) -> Tree | None:
+        """The rows of a window that verifies it, behind `pending` >= 1 tokens of the text; None for a chain.
+
+        Raises ValueError: more than 64 rows.
+        """
+        if self.parents is None:
+            return None
+        text = torch.arange(-1, pending - 1, dtype=torch.int64, device=self.parents.device)
+        return Tree.of(torch.cat((text, self.parents + pending)))
 
 
 @runtime_checkable
@@ -29,7 +57,7 @@ class Proposer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def propose(self, tokens: Tensor, end: int | Tensor, count: int) -> tuple[Tensor, int | Tensor]:
+    def propose(self, tokens: Tensor, end: int | Tensor, count: int) -> Proposal:
         """Tokens to follow a text.
 
         Args:
@@ -38,13 +66,13 @@ class Proposer(Protocol):
                 may anything else be.
             count: most tokens that are of use, at least 1.
 
-        Returns: int64 [count] ids on the device of `tokens`, and how many of them are offered, from the first on: an
-            int, or int64 [].
+        Returns: of `count` tokens, on the device of `tokens`, all or some of them offered. Chains only: steps that
+            verify trees are not there yet.
         """
         ...
 
     def heard(self, raw: Tensor, first: int | Tensor) -> None:
-        """What the tier above has said in a verify: float32 [R, V] raw logits of the positions from `first` on.
+        """Raw logits float32 [R, V] of the tier above in a verify, for the positions from `first` on.
 
         Rows behind a proposal that fell belong to another text than the one that goes on.
         """

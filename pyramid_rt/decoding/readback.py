@@ -78,7 +78,7 @@ class RoundReader:
 
     @inside
     def restart(self, end: int) -> None:
-        """A new text of `end` tokens: forget the rounds that nobody took."""
+        """A new text of `end` tokens: forget the rounds that were not taken."""
         self._free += [place for place, _ in self._posted]
         self._posted.clear()
         self.reported.fill_(end)

@@ -1,6 +1,7 @@
 """The one recursion behind every method: tier i asks tier i - 1 for proposals and verifies them.
 
-What a step does is the business of a `Steps`: `torch_steps` computes, `kernel_steps` writes down launches.
+The steps themselves are a `Steps`: `torch_steps` computes, `kernel_steps` writes down launches, and the replay of the
+tuner counts passes over recorded answers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ R = TypeVar("R", bound=AnyRound)
 
 
 class Steps(Protocol[R]):
-    """What the recursion is made of."""
+    """The steps that the recursion is made of."""
 
     def begin(self, known_end: int | None) -> R | None:
         """Open an outer round at the end of the sequence; None where it is known to be finished."""
@@ -96,7 +97,7 @@ class RoundRunner(Protocol):
         ...
 
     def launches(self) -> int | None:
-        """Kernel launches of an outer round; None where that is torch's affair."""
+        """Kernel launches of an outer round; None on the torch path."""
         ...
 
     def outer_round(self, known_end: int | None = None) -> None:
@@ -109,7 +110,7 @@ class RoundRunner(Protocol):
         ...
 
     def sections(self, known_end: int) -> Sequence[Segment]:
-        """What `outer_round` does under device control, in parts that are run in this order: bursts, verifies."""
+        """The parts of an `outer_round` under device control, run in this order: bursts, verifies."""
         ...
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:

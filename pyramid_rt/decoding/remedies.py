@@ -1,4 +1,4 @@
-"""What a user can do about a capture that failed, by its cause."""
+"""Remedies of a user for a capture that failed, by its cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Acceptance rules: what decides how long a prefix of a proposal stands.
+"""Acceptance rules: each decides how long a prefix of a proposal stands.
 
 A rule is a small frozen object with no state. `judge` sees one verify: R proposed tokens, the verifying tier's
 raw and processed rows for them, and what the proposing tier handed up. Everything else that the rest of the runtime
@@ -21,7 +21,7 @@ from pyramid_rt.kernels.reference import sampling as ops
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a rule may look at, for the m proposed positions of one verify.
+    """The rows and tokens a rule may look at, for the m proposed positions of one verify.
 
     Fields that no rule of the chain needs are None (see `Rule.needs_*`).
     """
@@ -39,7 +39,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which proposed tokens stand on their own merit, before the prefix is cut.
+    """The proposed tokens that stand on their own merit, before the prefix is cut.
 
     `inherited` marks the positions whose token keeps the distribution it had below; elsewhere the token that
     ends up there is distributed as the verifying tier's p. None means nowhere.
@@ -63,7 +63,7 @@ class Replayed:
 
 
 class Rule(Protocol):
-    """What a rule is to everything else: hashable, frozen, without state.
+    """A rule as everything else knows it: hashable, frozen, without state.
 
     Attributes:
         name: in errors.
@@ -105,7 +105,7 @@ class Rule(Protocol):
     def replayed(self) -> Replayed | None: ...
 
     def judge(self, evidence: Evidence) -> Verdict:
-        """Which proposed tokens stand."""
+        """The proposed tokens that stand."""
         ...
 
     def captured(self) -> Rule:

@@ -1,4 +1,4 @@
-"""What a tier is to the recursion: anything that gives logits for a window of tokens."""
+"""Tiers as the recursion knows them: anything that gives logits for a window of tokens."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class DeviceForward:
         rows: float32 [R, P]: raw logits. statistics: [R, tiles of 64], as the LM head kernel leaves them.
         seed: int64 [2]. temperature: float32 []: of the noise in `statistics.best`; 0 turns it off.
         kv_bound: host integer: no cache row from there on is looked at.
-        live: int64 []: where it is 0, the pass changes nothing and costs no more than its launches. None: it always
-            runs.
+        active: int64 []: 1 while the tier has work this round; where it is 0, the pass changes nothing and costs no
+            more than its launches. None: it always runs.
     """
 
     tokens: Tensor
@@ -102,7 +102,7 @@ class DeviceForward:
     seed: Tensor
     temperature: Tensor
     kv_bound: int
-    live: Tensor | None = None
+    active: Tensor | None = None
 
 
 class Runnable(Protocol):
@@ -128,7 +128,7 @@ class DeviceTier(Tier, Protocol):
     def device_rounds(self) -> bool: ...
 
     def whole_chunks(self, prompt: int) -> int:
-        """How many of a prompt's first tokens `fill_chunk` processes: it follows from the prompt's length alone."""
+        """The count of a prompt's first tokens that `fill_chunk` processes; the prompt's length alone decides it."""
         ...
 
     def fill_chunk(self, tokens: Tensor, begin: int) -> int:

@@ -31,7 +31,7 @@ class OpenRound:
     """A round that is open at a tier: the tier below makes a proposal, this one judges it."""
 
     level: int
-    live: Flag  # an inactive round changes nothing
+    active: Flag  # an inactive round changes nothing
     base: Number  # where this tier's own proposal begins
     proposal: Number  # where the proposal of the tier below begins
 
@@ -66,21 +66,21 @@ class TorchSteps:
         if known_end is not None:
             self._horizon = horizon(known_end, self.plan, self._capacity)
         self._at.look()
-        live = self._at.unfinished()
-        if self.plan.host_control and not live:
+        active = self._at.unfinished()
+        if self.plan.host_control and not active:
             return None
         end = self._at.mark()
-        return OpenRound(self.plan.tiers - 1, live, end, end)
+        return OpenRound(self.plan.tiers - 1, active, end, end)
 
     def inner(self, outer: OpenRound) -> OpenRound | None:
         """Open an inner round of the tier below `outer`'s; None where the host sees that no more are due."""
         plan, level = self.plan, outer.level - 1
-        live = outer.live & self._at.unfinished()
+        active = outer.active & self._at.unfinished()
         if plan.inner_rounds is None:
-            live = live & (self._at.end - outer.proposal < plan.lengths[level])
-        if plan.host_control and not live:
+            active = active & (self._at.end - outer.proposal < plan.lengths[level])
+        if plan.host_control and not active:
             return None
-        return OpenRound(level, live, outer.proposal, self._at.mark())
+        return OpenRound(level, active, outer.proposal, self._at.mark())
 
     def first_token(self, row: Tensor, kv_bound: int, window: Tensor, start: Tensor) -> None:
         """The end of the target's prefill: run the last window, commit the target's own token after it.
@@ -91,13 +91,13 @@ class TorchSteps:
         """
         target = self.plan.tiers - 1
         self._at.look()
-        end, live = self._at.mark(), self._at.unfinished()
+        end, active = self._at.mark(), self._at.unfinished()
         raw = self._run(target, window, start, row, kv_bound)
         token, peak = self._own_tokens(raw, end)
-        self._note_bad(target, peak, end, 1, live)
+        self._note_bad(target, peak, end, 1, active)
         self._keep_logprobs(raw)
-        self._at.cache_holds(target, end, live)
-        self._at.put(token, live)
+        self._at.cache_holds(target, end, active)
+        self._at.put(token, active)
         self._at.store()
 
     def sample(self, opened: OpenRound) -> None:
@@ -110,9 +110,12 @@ class TorchSteps:
 
     def _take_offer(self, proposer: Proposer, opened: OpenRound) -> None:
         """A proposal of tokens that no model has drawn, each of which was sure to come."""
-        plan, at, base, live = self.plan, self._at, opened.proposal, opened.live
+        plan, at, base, active = self.plan, self._at, opened.proposal, opened.active
         steps = min(plan.burst, int(at.limit - base)) if plan.host_control else plan.burst
-        tokens, offered = proposer.propose(self.state.tokens, at.end, steps)
+        proposal = proposer.propose(self.state.tokens, at.end, steps)
+        tokens, offered = proposal.tokens, proposal.count
+        if proposal.parents is not None:
+            raise InputError(f"proposer {proposer.name!r} offered a tree, expected a chain: parents=None")
         if plan.host_control:
             offered = int(offered)
             wrong = [token for token in tokens[:offered].tolist() if not 0 <= token < self.vocab_size]
@@ -125,10 +128,10 @@ class TorchSteps:
             tokens = tokens.clamp(0, self.vocab_size - 1)
         for step in range(offered if isinstance(offered, int) else steps):
             if not plan.host_control:
-                live = live & at.unfinished() & (step < offered)
+                active = active & at.unfinished() & (step < offered)
             elif at.ended:
                 break
-            at.put(tokens[step : step + 1], live)
+            at.put(tokens[step : step + 1], active)
         if self.state.effective_rows[0] is not None:
             sure = torch.full((steps, self.vocab_size), -math.inf, dtype=torch.float32, device=tokens.device)
             self._keep_rows(0, 0, sure, sure.scatter(1, tokens[:steps].unsqueeze(-1), 0.0))
@@ -137,7 +140,7 @@ class TorchSteps:
     def _draw(self, opened: OpenRound) -> None:
         """A burst of tier 0's own tokens."""
         plan, state, at = self.plan, self.state, self._at
-        base, live, steps, width = opened.proposal, opened.live, plan.burst, plan.window(0)
+        base, active, steps, width = opened.proposal, opened.active, plan.burst, plan.window(0)
         if plan.host_control:
             width = int(base - at.cached[0])
             steps = min(steps, int(at.limit - base))
@@ -148,10 +151,10 @@ class TorchSteps:
                 raw = self._window(0, width, base, 1)
             else:
                 if not plan.host_control:
-                    live = live & at.unfinished()
+                    active = active & at.unfinished()
                 elif at.ended:  # the limit cut `steps` beforehand
                     break
-                # The one token the draft has not seen; in a step that is not live, some row past `cached`.
+                # The one token the draft has not seen; in an inactive step, some row past `cached`.
                 raw = self._run(0, tokens[-1], at.end - 1, at.line[:1], self._bound(base, step))
             token, peak = self._own_tokens(raw, at.end)
             tokens.append(token)
@@ -161,11 +164,11 @@ class TorchSteps:
             elif plan.keep_own[0] or plan.keep_effective[0]:
                 processed = self._logprobs(raw) if plan.keep_effective[0] else None
                 self._keep_rows(0, at.end - base, raw, processed)
-            at.put(token, live)
+            at.put(token, active)
         count = at.end - base
-        self._note_bad(0, torch.cat(peaks), base, count, opened.live)
+        self._note_bad(0, torch.cat(peaks), base, count, opened.active)
         state.origin.index_fill_(0, at.places(base, len(tokens)), 0)
-        at.cache_holds(0, at.end - 1, opened.live)
+        at.cache_holds(0, at.end - 1, opened.active)
         at.count_forwards(0, count)
         if plan.tiers == 1:
             at.store()
@@ -173,7 +176,7 @@ class TorchSteps:
     def verify(self, opened: OpenRound) -> None:
         """The round's tier judges the tokens that it was opened for."""
         plan, state, at = self.plan, self.state, self._at
-        level, below, active = opened.level, opened.level - 1, opened.live
+        level, below, active = opened.level, opened.level - 1, opened.active
         proposal, base = opened.proposal, opened.base
         count = at.end - proposal
         most, width = plan.longest[below], plan.window(level)
@@ -209,7 +212,7 @@ class TorchSteps:
             self.tiers[0].proposer.heard(raw, proposal)
         at.count_verify(below, (count, accepted, differing), (whole, replace, active))
         at.roll_back(level, position, whole, active)
-        # A position past the end belongs to nobody, so this need not be masked.
+        # What stands at a position past the end is never read, so this need not be masked.
         state.origin.index_fill_(0, at.places(position, 1), level)
         at.put(token, replace)
         if not up:
@@ -219,7 +222,7 @@ class TorchSteps:
     def _evidence(
         self, below: int, raw: Tensor, processed: Tensor | None, own: Tensor, proposal: Number, most: int
     ) -> Evidence:
-        """What the rule above tier `below` may see, cut to the proposed positions."""
+        """The evidence of the rule above tier `below`, cut to the proposed positions."""
         state, rule = self.state, self.plan.rules[below]
         below_rows, effective = state.own_rows[below], state.effective_rows[below]
         below_raw = below_rows[:most] if below_rows is not None else None

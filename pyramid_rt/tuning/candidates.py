@@ -1,4 +1,4 @@
-"""Which settings ``tune`` looks at, which of them it runs, and which it chooses."""
+"""The settings that ``tune`` looks at, and those of them that it runs."""
 
 from __future__ import annotations
 

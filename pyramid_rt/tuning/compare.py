@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS
+from pyramid_rt.tuning.turns import Turns, take_turns
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
@@ -20,7 +21,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class MethodReport:
-    """What one method did over all prompts and repeats.
+    """The sums of one method over all prompts and repeats.
 
     Attributes:
         method: its name.
@@ -43,15 +44,6 @@ class MethodReport:
     differs: float | None
     unequal: int
     repeats: int
-
-
-@dataclass
-class _Tally:
-    """Sums over the prompts of one method; counts come from the last repeat (they are the same in all)."""
-
-    rates: list[float] = field(default_factory=list)
-    outputs: list[list[int]] = field(default_factory=list)
-    stats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def compare(
@@ -89,63 +81,46 @@ def compare(
 
     kept, pyramid.prefix_reuse = pyramid.prefix_reuse, False
     try:
-        return _measure(run, prompts, methods, max_new_tokens, repeats, budget, on_step)
+        for method in methods:
+            run(prompts[0], method, WARM_UP_TOKENS)
+        begin = time.perf_counter()
+        turns = take_turns(
+            [partial(run, method=method, tokens=max_new_tokens) for method in methods],
+            prompts,
+            repeats,
+            tokens=lambda result: len(result.tokens),
+            before=lambda repeat, place, prompt: on_step(methods[place]) if on_step else None,
+            goes_on=lambda repeat, index, longest: (
+                index > 0 or budget is None or time.perf_counter() - begin <= budget
+            ),
+        )
     finally:
         pyramid.prefix_reuse = kept
+    baseline = methods.index(BASELINE)
+    return [_report(method, turns, place, baseline) for place, method in enumerate(methods)]
 
 
-def _measure(
-    run: Callable[[str, str, int], GenerationResult],
-    prompts: Sequence[str],
-    methods: Sequence[str],
-    max_new_tokens: int,
-    repeats: int,
-    budget: float | None,
-    on_step: Callable[[str], None] | None,
-) -> list[MethodReport]:
-    for method in methods:
-        run(prompts[0], method, WARM_UP_TOKENS)
-    tallies = {method: _Tally() for method in methods}
-    begin = time.perf_counter()
-    for repeat in range(repeats):
-        if repeat and budget is not None and time.perf_counter() - begin > budget:
-            break
-        seconds = dict.fromkeys(methods, 0.0)
-        for tally in tallies.values():
-            tally.outputs, tally.stats = [], []
-        for prompt in prompts:
-            for method, tally in tallies.items():
-                if on_step:
-                    on_step(method)
-                start = time.perf_counter()
-                result = run(prompt, method, max_new_tokens)
-                seconds[method] += time.perf_counter() - start
-                tally.outputs.append(list(result.tokens))
-                tally.stats.append(result.stats.to_dict())
-        for method, tally in tallies.items():
-            tally.rates.append(sum(map(len, tally.outputs)) / seconds[method])
-    return [_report(method, tallies[method], tallies[BASELINE]) for method in methods]
-
-
-def _report(method: str, tally: _Tally, baseline: _Tally) -> MethodReport:
+def _report(method: str, turns: Turns[GenerationResult], place: int, baseline: int) -> MethodReport:
+    """Sums over the prompts of one method; counts come from the last repeat (they are the same in all)."""
     lossless = method in LOSSLESS_METHODS
-    target_forwards = [stats["tiers"][-1]["forwards"] for stats in tally.stats]
-    names = [tier["name"] for tier in tally.stats[0]["tiers"][:-1]]
-    ratios = [mine / theirs for mine, theirs in zip(tally.rates, baseline.rates, strict=True)]
+    results = [run.outcome for run in turns.runs(place, -1)]
+    outputs = [list(result.tokens) for result in results]
+    plain = [list(run.outcome.tokens) for run in turns.runs(baseline, -1)]
+    every = [result.stats.to_dict() for result in results]
+    target_forwards = [stats["tiers"][-1]["forwards"] for stats in every]
+    names = [tier["name"] for tier in every[0]["tiers"][:-1]]
     return MethodReport(
         method=method,
         lossless=lossless,
-        tokens_per_second=statistics.median(tally.rates),
-        ratio=statistics.median(ratios),
+        tokens_per_second=turns.rate(place),
+        ratio=turns.ratio(place, baseline),
         tokens_per_target_forward=_mean(
-            [stats["tokens_per_target_forward"] for stats in tally.stats], target_forwards
+            [stats["tokens_per_target_forward"] for stats in every], target_forwards
         ),
-        acceptance={name: _acceptance(tally.stats, name) for name in names},
-        differs=None
-        if lossless
-        else _mean([stats["differs"] for stats in tally.stats], list(map(len, tally.outputs))),
-        unequal=sum(a != b for a, b in zip(tally.outputs, baseline.outputs, strict=True)),
-        repeats=len(tally.rates),
+        acceptance={name: _acceptance(every, name) for name in names},
+        differs=None if lossless else _mean([stats["differs"] for stats in every], list(map(len, outputs))),
+        unequal=sum(a != b for a, b in zip(outputs, plain, strict=True)),
+        repeats=len(turns.repeats),
     )
 
 

@@ -1,11 +1,11 @@
-"""What ``tune`` measures on a loaded pyramid before it chooses: answers of the tiers, and seconds."""
+"""Measurements of ``tune`` on a loaded pyramid before it chooses: answers of the tiers, and seconds."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -20,12 +20,11 @@ from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.tuning.replay import Costs, Curve, Trace, kinds_of
+from pyramid_rt.tuning.turns import Now
 
 if TYPE_CHECKING:
     from pyramid_rt.decoding.tiers import Tier
     from pyramid_rt.pyramid import Pyramid
-
-Now = Callable[[], float]
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 32)
 MOST_SAMPLES = 15
@@ -100,7 +99,7 @@ class _OwnTokens:
     """Own tokens and processed distributions, as the recursion makes them."""
 
     def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
-        self._noisy, self._vocab_size = params.temperature > 0, vocab_size
+        self._sampled, self._vocab_size = params.temperature > 0, vocab_size
         self._filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         seed = params.seed or 0
         self._seed = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], dtype=torch.int64, device=device)
@@ -113,16 +112,16 @@ class _OwnTokens:
     def of(self, raw: Tensor, positions: Tensor) -> list[int]:
         """Own tokens of raw logits [R, V] for positions [R]."""
         scores = self._processed(raw)
-        if self._noisy:
+        if self._sampled:
             scores = scores + ops.own_noise(self._seed, positions, self._vocab_size)
         return [int(token) for token in scores.argmax(-1).tolist()]
 
     def logprobs(self, raw: Tensor) -> Tensor:
         """Processed log-probabilities [R, V]; one-hot at temperature 0."""
-        return torch.log_softmax(self._processed(raw), -1) if self._noisy else ops.one_hot_logprobs(raw)
+        return torch.log_softmax(self._processed(raw), -1) if self._sampled else ops.one_hot_logprobs(raw)
 
     def _processed(self, raw: Tensor) -> Tensor:
-        return ops.process_logits(raw, *self._processing, filters=self._noisy and self._filters)
+        return ops.process_logits(raw, *self._processing, filters=self._sampled and self._filters)
 
 
 @inside

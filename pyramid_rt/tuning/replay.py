@@ -1,8 +1,8 @@
 """The throughput model behind ``tune``: how many tokens a second a setting would give, without running it.
 
-What the tiers would say at each position of some text is recorded once (`Trace`). A setting is then *replayed*:
-the control flow of the recursion runs over the recorded answers, which gives every forward pass it would make and
-how wide each would be; measured seconds per pass (`Costs`) turn that into time.
+The tiers' answers at each position of some text are recorded once (`Trace`). A setting is then *replayed*: the
+recursion runs over the recorded answers, which gives every forward pass it would make and how wide each would be;
+measured seconds per pass (`Costs`) turn that into time.
 
 The replay knows what a tier says after the recorded text, not after a token that left it. With a lossless rule on
 top this is enough: what is committed is the recorded text, and a token that leaves it falls, so the number of
@@ -26,6 +26,7 @@ from typing import Any
 
 from pyramid_rt.decoding.chains import build_plan
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, rules_of
+from pyramid_rt.decoding.recursion import Recursion
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError
@@ -65,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What every tier says at each position of one text of n new tokens.
+    """The answers of every tier at each position of one text of n new tokens.
 
     Attributes:
         own: per tier, small to large, its own token after the text up to there: n ids.
@@ -82,7 +83,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What one setting did on one trace.
+    """The course of one setting on one trace.
 
     Attributes:
         committed: tokens, without the one that prefill gives.
@@ -98,104 +99,114 @@ class Replay:
 
 
 def replay(trace: Trace, plan: RoundPlan, levels: Sequence[int]) -> Replay:
-    """Run the control flow of `Recursion` over recorded answers.
+    """Run the recursion over recorded answers.
 
     Args:
         trace: of the pyramid's tiers.
         plan: the chain's rules and lengths, and who controls the inner rounds. A rejection rule is taken for a
             match, which lets a little less stand when sampling.
         levels: for each tier of the chain, its index in the pyramid.
+
+    Raises InputError: a rule that does not say how it is replayed.
     """
-    walk = _Walk(trace, plan, levels)
-    while walk.end < trace.length:
-        walk.outer_round()
-    return Replay(trace.length - 1, walk.rounds, walk.differing, tuple(walk.passes))
+    steps = ReplaySteps(trace, plan, levels)
+    recursion = Recursion(plan, steps)
+    while steps.end < trace.length:
+        recursion.outer_round()
+    return Replay(trace.length - 1, steps.rounds, steps.differing, tuple(steps.passes))
 
 
-class _Walk:
-    """The state of a replay. Positions count new tokens; prefill has put the one at 0.
+@dataclass(slots=True)  # not frozen: thousands of settings are replayed, and frozen ones take longer to make
+class ReplayRound:
+    """A round that is open at a tier, above a proposal that begins at `proposal`."""
 
-    Names are those of `State`: `cached` per tier of the chain, `end` the tokens known, proposals included.
+    level: int
+    active: bool  # an inactive round makes its passes, under device control, and changes nothing
+    proposal: int
+
+
+class ReplaySteps:
+    """Steps of the recursion over what was recorded: they count passes instead of making them.
+
+    Positions count new tokens; prefill has put the one at 0. Under device control a round makes all its passes,
+    each of its full width, whatever stands; under host control those that are needed.
+
+    Attributes:
+        end: tokens known, proposals included.
+        rounds, differing, passes: as in `Replay`.
     """
 
     def __init__(self, trace: Trace, plan: RoundPlan, levels: Sequence[int]) -> None:
-        self.limit = trace.length
-        self.plan = plan
-        self.own = [trace.own[level] for level in levels]
+        """Arguments as of `replay`."""
+        self.plan, self._limit, self._top = plan, trace.length, plan.tiers - 1
+        self._own = [trace.own[level] for level in levels]
         pairs = zip(plan.rules, pairwise(levels), strict=True)
-        self.stands = [_standing(rule, trace, pair) for rule, pair in pairs]
-        self.tokens = list(self.own[-1])
+        self._stands = [_standing(rule, trace, pair) for rule, pair in pairs]
+        self._tokens = list(self._own[-1])
+        self._cached = [0] * plan.tiers
         self.end = 1
-        self.cached = [0] * plan.tiers
         self.passes: list[Counter[int]] = [Counter() for _ in levels]
         self.rounds = self.differing = 0
 
-    def outer_round(self) -> None:
-        """As `Recursion.outer_round`."""
+    def begin(self, known_end: int | None) -> ReplayRound | None:
+        """See `Steps`."""
+        if self.end >= self._limit:
+            return None
         self.rounds += 1
-        if not self.plan.host_control:
-            self._charge_fixed()
-        top = self.plan.tiers - 1
-        if top == 0:
-            self._sample(1)
+        return ReplayRound(self._top, True, self.end)
+
+    def inner(self, outer: ReplayRound) -> ReplayRound | None:
+        """See `Steps`."""
+        plan, level = self.plan, outer.level - 1
+        active = outer.active and self.end < self._limit
+        if plan.inner_rounds is None:
+            active = active and self.end - outer.proposal < plan.lengths[level]
+        if plan.host_control and not active:
+            return None
+        return ReplayRound(level, active, self.end)
+
+    def sample(self, opened: ReplayRound) -> None:
+        """See `Steps`."""
+        plan, begin = self.plan, self.end
+        steps = min(plan.burst, self._limit - begin)
+        if plan.host_control:
+            self._pass(0, begin - self._cached[0], steps)
+        else:
+            self._pass(0, plan.window(0), plan.burst)
+        if opened.active:
+            self.end += steps
+            self._tokens[begin : self.end] = self._own[0][begin : self.end]
+            self._cached[0] = self.end - 1
+
+    def verify(self, opened: ReplayRound) -> None:
+        """See `Steps`."""
+        plan, level, place = self.plan, opened.level, opened.proposal
+        self._pass(level, self.end - self._cached[level] if plan.host_control else plan.window(level))
+        if not opened.active:
             return
-        begin = self.end
-        self._extend(top - 1)
-        self._verify(top, begin)
-
-    def _extend(self, level: int) -> None:
-        plan, base = self.plan, self.end
-        if level == 0:
-            self._sample(plan.lengths[0])
-            return
-        fixed = plan.inner_rounds
-        for _ in range(fixed or plan.lengths[level]):
-            if self.end >= self.limit or (fixed is None and self.end - base >= plan.lengths[level]):
-                break
-            begin = self.end
-            self._extend(level - 1)
-            self._verify(level, begin)
-
-    def _sample(self, steps: int) -> None:
-        begin, steps = self.end, min(steps, self.limit - self.end)
-        if self.plan.host_control:
-            self.passes[0][begin - self.cached[0]] += 1
-            self.passes[0][1] += steps - 1
-        self.end += steps
-        self.tokens[begin : self.end] = self.own[0][begin : self.end]
-        self.cached[0] = self.end - 1
-
-    def _verify(self, level: int, begin: int) -> None:
-        end, tokens, own = self.end, self.tokens, self.own[level]
-        if self.plan.host_control:
-            self.passes[level][end - self.cached[level]] += 1
-        close, match = self.stands[level - 1]
-        top = level == self.plan.tiers - 1
-        place = begin
+        end, tokens, own = self.end, self._tokens, self._own[level]
+        close, match = self._stands[level - 1]
+        top = level == self._top
         while place < end and (close[place] or (match and tokens[place] == own[place])):
             if top and tokens[place] != own[place]:
                 self.differing += 1
             place += 1
         for tier in range(level):
-            self.cached[tier] = min(self.cached[tier], place)
-        self.cached[level] = self.end = place
-        if place < self.limit:
+            self._cached[tier] = min(self._cached[tier], place)
+        self._cached[level] = self.end = place
+        if place < self._limit:
             tokens[place] = own[place]
             self.end += 1
 
-    def _charge_fixed(self) -> None:
-        """Under device control a round makes all its passes, each of its full width, whatever stands."""
-        plan, times = self.plan, 1
-        for level in reversed(range(plan.tiers)):
-            if 0 < level < plan.tiers - 1:
-                times *= plan.inner_rounds or 1
-            self.passes[level][plan.window(level)] += times
-        if plan.rules:
-            self.passes[0][1] += times * (plan.lengths[0] - 1)
+    def _pass(self, level: int, width: int, steps: int = 1) -> None:
+        """Count a pass of this width and, in a burst, one of width 1 for each step after it."""
+        self.passes[level][width] += 1
+        if steps > 1:
+            self.passes[level][1] += steps - 1
 
 
 def _standing(rule: Rule, trace: Trace, pair: tuple[int, int]) -> tuple[Sequence[bool], bool]:
-    """Where a rule lets any token stand, and whether it also lets the verifying tier's own token stand."""
+    """The positions where a rule lets any token stand, and True where it also lets the verifier's own token stand."""
     replayed = rule.replayed
     if replayed is None:
         raise InputError(f"rule {rule.name!r} cannot be tuned: it says nothing of how it is replayed")
@@ -268,7 +279,7 @@ def kinds_of(rules: Sequence[Rule]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of a setting, over all traces.
+    """The model's word on a setting, over all traces.
 
     Attributes:
         setting: whose.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,16 @@ from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading.defaults import NOTHING_TO_TUNE
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.pyramid import CHAIN
+from pyramid_rt.pyramid import CHAIN, ENGINES_KEPT
 from pyramid_rt.tuning.candidates import DEPENDS_ON, finalists, settings, widest
 from pyramid_rt.tuning.compare import BASELINE, WARM_UP_TOKENS
-from pyramid_rt.tuning.measuring import Now, Probe, calibrated, device_clock, record, time_passes
+from pyramid_rt.tuning.measuring import Probe, calibrated, device_clock, record, time_passes
 from pyramid_rt.tuning.replay import Costs, Prediction, Setting, Trace, predict, replay
+from pyramid_rt.tuning.turns import Now, Timed, Turns, take_turns, timed
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
 
-# A pyramid keeps the buffers and captured graphs of so many plans; where more take turns, each has to be made anew
-# before it is timed.
-PLANS_KEPT = 4
 PROBE_PROMPTS = 3
 SEARCH_TOKENS = 500
 LEAST_TOKENS = 16
@@ -45,7 +43,7 @@ COMMON = (*UNIT, "lossless_rule", "temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class TuneOptions:
-    """What to search, and for how long.
+    """The extent of a search, and its time.
 
     Attributes:
         max_new_tokens: length of each output, >= 2; an end-of-sequence ends it earlier.
@@ -143,7 +141,7 @@ class Tuning:
     chosen: Row
 
     def defaults(self) -> dict[str, Any]:
-        """What `pyramid.json` should say; a threshold comes with the divergence it belongs to."""
+        """The defaults that `pyramid.json` should hold; a threshold comes with the divergence it belongs to."""
         wanted = self.chosen.setting.options()
         if any(name.endswith("threshold") for name in wanted):
             wanted |= {name: self.common[name] for name in UNIT}
@@ -229,8 +227,9 @@ class _Session:
         current = self._current()
         now = None if current is None else self._predict(current, shown)
         chosen = finalists(considered, now, self.options.max_differs)
-        race = self._race([self._predict(one.setting, self.traces) for one in chosen])
-        rows = tuple(self._row(prediction, race, current) for prediction in race.contenders)
+        contenders = self._affordable([self._predict(one.setting, self.traces) for one in chosen])
+        race = self._race([one.setting for one in contenders])
+        rows = tuple(self._row(one, race, place, current) for place, one in enumerate(contenders))
         return Tuning(
             options=self.options,
             common=self.common,
@@ -240,7 +239,7 @@ class _Session:
             considered=tuple(considered),
             rows=rows,
             length=self.length,
-            prompts=len(race.repeats[0]),
+            prompts=race.prompts,
             prompts_given=len(given),
             prompts_silent=self.silent,
             repeats=len(race.repeats),
@@ -252,8 +251,8 @@ class _Session:
     def _params(self, seed: int) -> SamplingParams:
         return SamplingParams.build({**self.common, "seed": seed})
 
-    def _run(self, prompt: Sequence[int], setting: Setting, seed: int, tokens: int | None = None) -> _Run:
-        begin = self.clock()
+    def _run(self, prompt: Sequence[int], setting: Setting, seed: int, tokens: int | None = None) -> Written:
+        """One generation; `tokens` where it is no more than a warm-up."""
         result = self.pyramid.generate(
             list(prompt),
             **{**self.common, **setting.options()},
@@ -262,20 +261,23 @@ class _Session:
             seed=seed,
             ignore_eos=tokens is not None,  # what warms up need not make sense
         )
-        return _Run(result.tokens, self.clock() - begin, result.stats.to_dict())
+        return Written(result.tokens, result.stats.to_dict())
+
+    def _turn(self, setting: Setting, place: int) -> Written:
+        """A setting on the prompt at this place, whose seed that is too."""
+        return self._run(self.prompts[place], setting, place)
 
     def _late(self, share: float, spare: float = 0.0) -> bool:
         return self.clock() - self.begin + spare > share * self.options.budget
 
     def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
-        """What the target writes after as many prompts as the time allows."""
+        """The target's texts after as many prompts as the time allows."""
         baseline = Setting(BASELINE)
-        for (
-            setting
-        ) in self._probed():  # no clock may see a tier's first pass, which compiles and fills caches
+        # No clock may see a tier's first pass, which compiles and fills caches.
+        for setting in self._probed():
             self._run(given[0], setting, 0, WARM_UP_TOKENS)
-        short = self._run(given[0], baseline, 0, WARM_UP_TOKENS)
-        affordable = ONE_TEXT_SHARE * self.options.budget * len(short.tokens) / short.seconds
+        short = timed(self.clock, lambda: self._run(given[0], baseline, 0, WARM_UP_TOKENS))
+        affordable = ONE_TEXT_SHARE * self.options.budget * len(short.outcome.tokens) / short.seconds
         self.length = min(self.length, max(LEAST_TOKENS, int(affordable)))
         texts: list[_Text] = []
         for index, prompt in enumerate(given):
@@ -300,16 +302,18 @@ class _Session:
     def _probes(self) -> list[Probe]:
         """Timed generations of these, taking turns, from which the costs are calibrated."""
         settings = self._probed()
-        turns: list[list[_Run]] = []
-        for seed, prompt in enumerate(self.prompts[:PROBE_PROMPTS]):
-            if turns and self._late(PROBE_SHARE):
-                break
-            turns.append([self._run(prompt, setting, seed) for setting in settings])
-        runs = zip(*turns, strict=True)
-        return [self._probe(setting, mine) for setting, mine in zip(settings, runs, strict=True)]
+        turns = take_turns(
+            [partial(self._turn, setting) for setting in settings],
+            range(len(self.prompts[:PROBE_PROMPTS])),
+            1,
+            tokens=Written.count,
+            clock=self.clock,
+            goes_on=lambda repeat, index, longest: not self._late(PROBE_SHARE),
+        )
+        return [self._probe(setting, turns.runs(place)) for place, setting in enumerate(settings)]
 
-    def _probe(self, setting: Setting, runs: Sequence[_Run]) -> Probe:
-        """What running a setting on the first prompts says about the costs."""
+    def _probe(self, setting: Setting, runs: Sequence[Timed[Written]]) -> Probe:
+        """The costs of a setting as its runs on the first prompts show them."""
         plan, levels = self._chain(setting)
         done = [replay(trace, plan, levels) for trace in self.traces[: len(runs)]]
         passes = [sum((one.passes[place] for one in done), Counter()) for place in range(len(levels))]
@@ -317,7 +321,8 @@ class _Session:
         counted = replayed
         if plan.host_control:  # else the statistics leave out passes that were made and not needed
             counted = [
-                sum(run.stats["tiers"][place]["forwards"] for run in runs) for place in range(len(levels))
+                sum(run.outcome.stats["tiers"][place]["forwards"] for run in runs)
+                for place in range(len(levels))
             ]
         priced = zip(self.costs.forwards(passes, levels), counted, replayed, strict=True)
         prefill = sum(self.costs.prefill[level][index] for level in levels for index in range(len(runs)))
@@ -346,7 +351,7 @@ class _Session:
         return self.traces[:enough]
 
     def _current(self) -> Setting | None:
-        """What a call without options runs now, where the search can say it and may choose it."""
+        """The setting of a call without options, where the search can say it and may choose it."""
         method, defaults = self.pyramid.default_method, self.pyramid.defaults
         if method == CHAIN or ("inner_rounds" in defaults and TIERS_NEEDED[method] > 2):
             return None
@@ -359,32 +364,27 @@ class _Session:
 
     # Side by side
 
-    def _race(self, contenders: Sequence[Prediction]) -> _Race:
+    def _race(self, contenders: Sequence[Setting]) -> Turns[Written]:
         """Run the contenders on every prompt, taking turns, as often as asked for and the time allows."""
-        contenders = self._affordable(contenders)
-        for contender in contenders:
-            self._run(self.prompts[0], contender.setting, 0, WARM_UP_TOKENS)
-        race = _Race(contenders)
-        longest = 0.0
-        for repeat in range(self.options.repeats):
-            turns: list[list[_Run]] = []
-            for seed, prompt in enumerate(self.prompts):
-                if longest and self._late(1.0, longest):
-                    break
-                begin = self.clock()
-                turn = []
-                for contender in contenders:
-                    self.on_step(f"{contender.setting.method}, repeat {repeat + 1}")
-                    if len(contenders) > PLANS_KEPT:
-                        self._run(prompt, contender.setting, seed, WARM_UP_TOKENS)
-                    turn.append(self._run(prompt, contender.setting, seed))
-                turns.append(turn)
-                longest = max(longest, self.clock() - begin)
-            if turns and (not race.repeats or len(turns) == len(race.repeats[0])):
-                race.repeats.append(turns)
-            else:
-                break
-        return race
+        for setting in contenders:
+            self._run(self.prompts[0], setting, 0, WARM_UP_TOKENS)
+
+        def before(repeat: int, place: int, prompt: int) -> None:
+            self.on_step(f"{contenders[place].method}, repeat {repeat + 1}")
+            if (
+                len(contenders) > ENGINES_KEPT
+            ):  # then its engine has to be made anew, which is not to be timed
+                self._run(self.prompts[prompt], contenders[place], prompt, WARM_UP_TOKENS)
+
+        return take_turns(
+            [partial(self._turn, setting) for setting in contenders],
+            range(len(self.prompts)),
+            self.options.repeats,
+            tokens=Written.count,
+            clock=self.clock,
+            before=before,
+            goes_on=lambda repeat, index, longest: not self._late(1.0, longest),
+        )
 
     def _affordable(self, contenders: Sequence[Prediction]) -> list[Prediction]:
         """The first contenders, two of them at least, that can be warmed up and run on one prompt in time."""
@@ -398,22 +398,20 @@ class _Session:
             kept.append(contender)
         return kept
 
-    def _row(self, prediction: Prediction, race: _Race, current: Setting | None) -> Row:
-        place = race.contenders.index(prediction)
-        runs = [turn[place] for turn in race.repeats[0]]
-        rates = race.rates(place)
+    def _row(self, prediction: Prediction, race: Turns[Written], place: int, current: Setting | None) -> Row:
+        runs = [run.outcome for run in race.runs(place)]
         setting = prediction.setting
         own = setting.lossless and (
             self.common["lossless_rule"] == "match" or self.common["temperature"] == 0
         )
-        baseline = [turn[0].tokens for turn in race.repeats[0]]
+        baseline = [run.outcome.tokens for run in race.runs(0)]
         forwards = sum(run.stats["tiers"][-1]["forwards"] for run in runs)
         later = sum(len(run.tokens) - 1 for run in runs)
         differing = sum((run.stats["differs"] or 0.0) * (len(run.tokens) - 1) for run in runs)
         return Row(
             prediction=prediction,
-            tokens_per_second=statistics.median(rates),
-            ratio=statistics.median(a / b for a, b in zip(rates, race.rates(0), strict=True)),
+            tokens_per_second=race.rate(place),
+            ratio=race.ratio(place, 0),
             tokens_per_target_forward=later / forwards if forwards else None,
             acceptance=_acceptance(runs),
             differs=None if setting.lossless else differing / later if later else 0.0,
@@ -425,46 +423,35 @@ class _Session:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One generation: its new tokens, the seconds it took, its statistics."""
+class Written:
+    """One generation: its new tokens and its statistics."""
 
     tokens: list[int]
-    seconds: float
     stats: dict[str, Any]
+
+    def count(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """What the target wrote after a prompt, by the prompt's place among those given."""
+    """The target's text after a prompt, by the prompt's place among those given."""
 
     prompt: int
     tokens: list[int]
 
 
-@dataclass
-class _Race:
-    """Contenders, the baseline first, and their runs by repeat, prompt and contender."""
-
-    contenders: Sequence[Prediction]
-    repeats: list[list[list[_Run]]] = field(default_factory=list)
-
-    def rates(self, place: int) -> list[float]:
-        """Per repeat, tokens per second of a contender over all prompts."""
-        runs = [[turn[place] for turn in turns] for turns in self.repeats]
-        return [sum(len(run.tokens) for run in each) / sum(run.seconds for run in each) for each in runs]
-
-
-def _seconds_of_tiers(runs: Sequence[_Run]) -> tuple[float, ...] | None:
+def _seconds_of_tiers(runs: Sequence[Timed[Written]]) -> tuple[float, ...] | None:
     """Per tier, the seconds of its passes in all runs; None where they are not known."""
-    by_tier = [
-        [run.stats["tiers"][place]["seconds"] for run in runs] for place in range(len(runs[0].stats["tiers"]))
-    ]
+    every = [run.outcome.stats["tiers"] for run in runs]
+    by_tier = [[tier["seconds"] for tier in tiers] for tiers in zip(*every, strict=True)]
     if any(seconds is None for tier in by_tier for seconds in tier):
         return None
     return tuple(map(sum, by_tier))
 
 
-def _acceptance(runs: Sequence[_Run]) -> dict[str, float | None]:
+def _acceptance(runs: Sequence[Written]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for tiers in zip(*(run.stats["tiers"][:-1] for run in runs), strict=True):
         proposed = sum(tier["proposed"] for tier in tiers)
@@ -476,7 +463,7 @@ def choose(rows: Sequence[Row], max_differs: float) -> Row:
     """The row with the highest ratio to the baseline.
 
     A lossy one must keep to `max_differs`, and be faster than the best lossless one by the factor `LOSSY_GAIN`:
-    nobody should give up the target's own text for the noise of a measurement.
+    the noise of a measurement is no reason to give up the target's own text.
     """
     best = max((row for row in rows if row.differs is None), key=lambda row: row.ratio)
     lossy = [row for row in rows if row.differs is not None and row.differs <= max_differs]

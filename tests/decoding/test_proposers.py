@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyramid_rt import Fuzzy, InputError, Match, Pyramid, Rejection
 from pyramid_rt.decoding import torch_steps
+from pyramid_rt.decoding.proposers import Proposal
 from pyramid_rt.tuning.search import TuneOptions, tune
 
 PROMPT = [1, 2]
@@ -36,12 +37,12 @@ class Replayer:
         self.table, self.counts = torch.tensor(table), torch.tensor(counts)
         self.rows = self.resets = 0
 
-    def propose(self, tokens: Tensor, end: int | Tensor, count: int) -> tuple[Tensor, int | Tensor]:
+    def propose(self, tokens: Tensor, end: int | Tensor, count: int) -> Proposal:
         places = (torch.arange(count) + end).clamp(max=self.table.shape[0] - 1)
         offered = (
             self.counts[end] if isinstance(end, int) else self.counts.gather(0, end.reshape(1)).squeeze(0)
         )
-        return self.table[places], offered.clamp(max=count)
+        return Proposal(self.table[places], offered.clamp(max=count))
 
     def heard(self, raw: Tensor, first: int | Tensor) -> None:
         assert raw.shape[-1] == VOCAB
@@ -146,3 +147,23 @@ def test_a_token_out_of_the_vocabulary_is_named() -> None:
     proposer, (target,) = Replayer([VOCAB + 3] * 40, [2] * 40), tiers_of(1)
     with pytest.raises(InputError, match=r"'replayer' offered 2 tokens, \[7, 7\] among them"):
         Pyramid([proposer, target], rules=[Match()]).generate(PROMPT, max_new_tokens=4)
+
+
+def test_a_tree_is_refused_until_steps_verify_one() -> None:
+    (target,) = tiers_of(1)
+
+    class Branching(Replayer):
+        def propose(self, tokens: Tensor, end: int | Tensor, count: int) -> Proposal:
+            return Proposal(torch.zeros(count, dtype=torch.int64), count, torch.full((count,), -1))
+
+    with pytest.raises(InputError, match="'replayer' offered a tree, expected a chain"):
+        Pyramid([Branching([0], [0]), target], rules=[Match()]).generate(PROMPT, max_new_tokens=4)
+
+
+def test_the_window_of_a_proposal() -> None:
+    """Two tokens of the text, then a root with two children, one of which has a child, and another root."""
+    assert Proposal(torch.tensor([1, 2]), 2).tree(1) is None
+    tree = Proposal(torch.tensor([1, 2, 3, 0, 1]), 5, torch.tensor([-1, 0, 0, 2, -1])).tree(2)
+    assert tree is not None
+    assert tree.depths.tolist() == [0, 1, 2, 3, 3, 4, 2]
+    assert tree.ancestors.tolist() == [0b1, 0b11, 0b111, 0b1111, 0b10111, 0b110111, 0b1000011]

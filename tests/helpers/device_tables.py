@@ -57,7 +57,7 @@ class TableForward:
 
     def run(self) -> None:
         r = self.request
-        if r.live is not None and int(r.live) == 0:
+        if r.active is not None and int(r.active) == 0:
             return
         self.tier.passes += 1
         window = r.tokens[int(r.start) : int(r.start) + r.width]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from helpers.positions import MAX_SEQ, VOCAB, PositionTier
 
 from pyramid_rt.decoding.counters import COLUMN
 from pyramid_rt.decoding.methods import tiers_of
-from pyramid_rt.decoding.state import State
+from pyramid_rt.decoding.rules import Fuzzy, Match
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.reference import sampling as ops
@@ -86,23 +89,21 @@ SETTINGS = [
 ]
 
 
-def random_tables(seed: int) -> list[torch.Tensor]:
+def random_tables(seed: int, spreads: tuple[float, ...] = (1.2, 0.7)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(MAX_SEQ + 65, VOCAB, generator=generator) * 2
-    return [target + torch.randn(target.shape, generator=generator) * s for s in (1.2, 0.7)] + [target]
+    return [target + torch.randn(target.shape, generator=generator) * s for s in spreads] + [target]
 
 
 def trace_of(tables: list[torch.Tensor]) -> Trace:
     rows = [table[PROMPT : PROMPT + NEW] for table in tables]
     own = tuple(tuple(row.argmax(-1).tolist()) for row in rows)
-    pairs = ((0, 1), (1, 2), (0, 2))
+    pairs = combinations(range(len(tables)), 2)
     return Trace(own, {(a, b): tuple(ops.divergence("js", rows[b], rows[a]).tolist()) for a, b in pairs})
 
 
-def decode(tables: list[torch.Tensor], setting: Setting, *, host_control: bool) -> tuple[Replay, list[int]]:
+def decode(tables: list[torch.Tensor], plan: RoundPlan, levels: Sequence[int]) -> tuple[Replay, list[int]]:
     """The real recursion over the same tables, and the tokens it wrote."""
-    levels = tiers_of(setting.method, 3)
-    plan = setting.plan({}, host_control=host_control)
     tiers = [PositionTier(str(level), tables[level]) for level in levels]
     state = State.allocate(plan, MAX_SEQ, VOCAB, torch.device("cpu"))
     state.limit.add_(PROMPT + NEW)
@@ -130,7 +131,8 @@ def test_a_replay_makes_the_passes_of_the_recursion(setting: Setting, host_contr
     for seed in range(12):
         tables = random_tables(seed)
         trace = trace_of(tables)
-        expected, tokens = decode(tables, setting, host_control=host_control)
+        plan = setting.plan({}, host_control=host_control)
+        expected, tokens = decode(tables, plan, tiers_of(setting.method, 3))
         done = run(trace, setting, host_control=host_control)
         assert done.committed == expected.committed
         assert (done.rounds, done.differing) == (expected.rounds, expected.differing)
@@ -139,6 +141,20 @@ def test_a_replay_makes_the_passes_of_the_recursion(setting: Setting, host_contr
             assert tokens == list(trace.own[-1])
         courses.add(str(done))
     assert setting.method == "ar" or len(courses) > 2  # or the tables would test one and the same course
+
+
+@pytest.mark.parametrize("host_control", [True, False])
+@pytest.mark.parametrize("inner_rounds", [None, 2])
+def test_a_chain_of_four_tiers_too(inner_rounds: int | None, host_control: bool) -> None:
+    rules = (Fuzzy(0.3), Match(), Fuzzy(0.05, or_match=True))
+    lengths = (2, 3, 4) if inner_rounds is None else (2, 1, 1)
+    plan = RoundPlan(rules, lengths, inner_rounds, host_control, sampled=False, filters=False)
+    for seed in range(6):
+        tables = random_tables(seed, (1.5, 1.0, 0.5))
+        expected, _ = decode(tables, plan, range(4))
+        done = replay(trace_of(tables), plan, range(4))
+        assert (done.rounds, done.differing) == (expected.rounds, expected.differing)
+        assert [+tier for tier in done.passes] == [+tier for tier in expected.passes]
 
 
 # Against the closed form.

@@ -1,4 +1,4 @@
-"""Where a pyramid computes: its device, stream, lock and threads, and what of the process is put aside meanwhile."""
+"""The place of a pyramid: its device, stream, lock and threads, and what of the process is put aside meanwhile."""
 
 from pyramid_rt.decoding.place.places import (
     Callback,

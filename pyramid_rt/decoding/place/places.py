@@ -33,7 +33,7 @@ class Mark(Protocol):
 
 
 class Place(Protocol):
-    """Where a pyramid computes.
+    """The place where a pyramid computes.
 
     Attributes:
         device: of its tensors, with an index where there are several.
@@ -138,7 +138,7 @@ class HostPlace:
             ctypes.CDLL(None).malloc_trim(0)
 
     def _enter(self, stack: ExitStack) -> None:
-        """What surrounds the outermost entry."""
+        """The context around the outermost entry."""
         stack.enter_context(neutral_settings(self.device.type))
         stack.enter_context(intra_op_threads(self.threads))
 

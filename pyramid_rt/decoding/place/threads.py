@@ -153,6 +153,6 @@ def _mkl() -> Any:
 
 
 def _is_gnu() -> bool:
-    """Whether that OpenMP is GNU's; others bring its entry points too, and names of their own."""
+    """True where that OpenMP is GNU's; others bring its entry points too, and names of their own."""
     library = _torch_library()
     return hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime")
