@@ -37,6 +37,8 @@ ADDED_FILE = "added_tokens.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ID = re.compile(r"[0-9]{1,10}")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Sixteen million: the largest vocabularies have a quarter of a million tokens.
+_MOST_IDS = 2**24
 _EXTRAS = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -70,6 +72,7 @@ def read_token_files(directory: Path) -> TokenFiles:
     path = directory / TOKENIZER_FILE
     data = read_bytes(path)
     spec = parse_object(path, data)
+    _check_size_of_ids(path, spec)
     with library(f"{path}: not a tokenizer"):
         core = tokenizers.Tokenizer.from_str(data.decode())
     settings = _optional(directory / SETTINGS_FILE)
@@ -82,6 +85,20 @@ def read_token_files(directory: Path) -> TokenFiles:
     digest = hashlib.sha256(data + repr(added).encode()).hexdigest()
     names = {key: _content(value) for key, value in known.names.items()}
     return TokenFiles(core, digest, spec.get("decoder"), settings, names, known.disputed)
+
+
+def _check_size_of_ids(path: Path, spec: Mapping[str, Any]) -> None:
+    """Raise WeightsError for an id that no tokenizer has: the library makes tables up to the largest, or aborts."""
+    model = spec.get("model")
+    vocab = model.get("vocab") if isinstance(model, Mapping) else None
+    added = spec.get("added_tokens")
+    ids = list(vocab.items()) if isinstance(vocab, Mapping) else []
+    ids += [(one.get("content"), one.get("id")) for one in added or () if isinstance(one, Mapping)]
+    for content, index in ids:
+        if isinstance(index, int | float) and not 0 <= index < _MOST_IDS:
+            raise WeightsError(
+                f"{path}: token {content!r:.80} has the id {index!r:.40}, expected 0..{_MOST_IDS - 1}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

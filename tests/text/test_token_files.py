@@ -12,6 +12,7 @@ import tokenizers
 from helpers.vocabularies import byte_fallback, byte_level, with_bos, write_tokenizer
 
 from pyramid_rt.errors import TokenizerError, WeightsError
+from pyramid_rt.text.token_files import read_token_files
 from pyramid_rt.text.tokenizer import Tokenizer
 
 FLAT = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -266,3 +267,19 @@ def test_a_missing_unknown_token_is_an_error(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_dir(broken(tmp_path, model=model, added_tokens=[], post_processor=None))
     with pytest.raises(TokenizerError, match="fails at this text"):
         tokenizer.encode("zz")
+
+
+@pytest.mark.parametrize("index", [2**31, -1, 2**24])
+def test_an_id_that_no_tokenizer_has_is_refused_before_the_library_sees_it(
+    tmp_path: Path, index: int
+) -> None:
+    """The library would make a table of that many entries, and abort the process."""
+    spec: dict[str, Any] = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
+    spec["added_tokens"] = [{"id": index, "content": "<x>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(WeightsError, match=r"tokenizer\.json: token '<x>' has the id"):
+        read_token_files(tmp_path)
+    spec = {"model": {"type": "BPE", "vocab": {"a": index}, "merges": []}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(WeightsError, match=r"token 'a' has the id"):
+        read_token_files(tmp_path)
