@@ -41,7 +41,7 @@ fuzz: $(VENV)/.dev ## look for inputs that break it: FUZZ_SECONDS for each of th
 	@PYTHONPATH=tests $(BIN)/python -P -m fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 examples: $(VENV)/.dev ## run every example by its own tests
-	@$(BIN)/pytest examples
+	@$(BIN)/pytest tests/examples
 
 # The kernels as a GPU would run them, executed by the machine of tests/ptx: its own session, since the rest of
 # the tests needs Triton's interpreter. Every launch is repeated under SEEDS schedules, whose bits must agree.

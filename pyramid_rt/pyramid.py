@@ -257,8 +257,8 @@ class Pyramid:
     # From the call to checked work
 
     def _choose_recorder(self, graphs: bool | GraphKind | None, recorder: Recorder | None) -> Recorder | None:
-        if graphs not in (None, False, True, "round", "step"):
-            raise InputError(f"graphs must be True, False, 'round' or 'step', found {graphs!r}")
+        if not isinstance(graphs, bool | str | None) or graphs not in (None, False, True, "round", "step"):
+            raise InputError(f"graphs must be True, False, 'round' or 'step', found {checks.shown(graphs)}")
         if graphs is None:
             graphs = recorder is not None or (self.device.type == "cuda" and self.control == "device")
         if not graphs:

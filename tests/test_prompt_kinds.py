@@ -40,7 +40,7 @@ def test_what_is_no_token_id_is_refused(tiny: Pyramid, prompt: Any) -> None:
 def test_one_message_without_its_list_is_told_so(tiny: Pyramid) -> None:
     with pytest.raises(InputError, match=r"list of messages, also of one: \[message\]"):
         tiny.generate(MESSAGE, max_new_tokens=1)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="a chat is a list of messages, found 5"):
+    with pytest.raises(InputError, match="message 1 must be an object with role and content, found int: 5"):
         tiny.generate([MESSAGE, 5], max_new_tokens=1)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,9 @@ def check_backend(name: str, device: torch.device) -> None:
     Raises:
         InputError: names the backend, the device and what would do.
     """
-    if not isinstance(name, str) or name not in BACKENDS:
+    if not isinstance(name, str):
+        raise InputError(f"backend is of type {type(name).__name__}, expected one of {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
         raise InputError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "torch":
         return

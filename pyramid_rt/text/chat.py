@@ -181,7 +181,13 @@ def _plain(where: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(where, one) for one in value]
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return _plain(where, value.item())
+        try:
+            number = value.item()
+        except Exception:  # a tensor without data
+            raise InputError(
+                f"{where}: a value must be text, a number or one of their lists and objects"
+            ) from None
+        return _plain(where, number)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):

@@ -37,7 +37,7 @@ _programs: dict[str, Program] = {}
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles, answered without a GPU."""
+    """Answers to all that Triton asks of a driver before it compiles, without a GPU."""
 
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget

@@ -64,7 +64,7 @@ class Schedule:
 
 @dataclass
 class Counts:
-    """What a launch did.
+    """Counts of a launch.
 
     Attributes:
         instructions, thread_instructions: of warps and of their lanes at work.
@@ -87,7 +87,7 @@ class Counts:
 
 
 class Fault(AssertionError):
-    """What a kernel did that it must not do, with its instruction, block, warp, lane and address.
+    """An act that a kernel may not commit, with its instruction, block, warp, lane and address.
 
     Attributes:
         kind: one of `isa.FAULTS`.

@@ -70,7 +70,7 @@ def execute(
 
 
 def one(body: str, *words: int) -> int:
-    """What a body leaves in %r100, all lanes having the same words, and agreeing."""
+    """The word that a body leaves in %r100, all lanes having the same words, and agreeing."""
     rows = np.zeros((32, 8), np.uint32)
     rows[:, : len(words)] = np.array([w & 0xFFFFFFFF for w in words], np.uint32)
     found = execute(body, rows)[:, 0]
@@ -79,7 +79,7 @@ def one(body: str, *words: int) -> int:
 
 
 def pair(body: str, *words: int) -> int:
-    """What a body leaves in %rd100, as `one`."""
+    """The 64 bits that a body leaves in %rd100, as `one`."""
     unpack = "mov.b64 {%r100, %r101}, %rd100;"
     rows = np.zeros((32, 8), np.uint32)
     rows[:, : len(words)] = np.array([w & 0xFFFFFFFF for w in words], np.uint32)

@@ -1,4 +1,4 @@
-"""What the machine must catch, and what it must let pass, on hand-written PTX."""
+"""Faults that the machine must catch, and code that it must let pass, in hand-written PTX."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ without_reset = around_arrivals(
 
 
 def kinds(edit: Callable[[str], str], **schedule: Any) -> list[str]:
-    """What the machine said under every seed, "" where it said nothing."""
+    """The verdict of the machine under every seed, "" where it found nothing."""
     product, found = Product(), []
     with device.edited(edit):
         for seed in SEEDS:
