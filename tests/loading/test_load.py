@@ -62,7 +62,7 @@ def test_arguments_count_by_what_they_equal(tiny_dir: Path) -> None:
         ({"max_seq": True}, "max_seq must be an integer"),
         ({"max_seq": "64"}, "max_seq must be an integer"),
         ({"max_seq": 10**400}, "max_seq must be an integer"),
-        ({"backend": b"torch"}, "backend is b'torch'"),
+        ({"backend": b"torch"}, "backend is of type bytes, expected one of torch, triton"),
         ({"backend": ""}, "backend is ''"),
         ({"control": True}, "unknown control True; expected one of host, device"),
         ({"prefix_reuse": "no"}, "prefix_reuse must be True or False, found 'no'"),
