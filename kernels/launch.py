@@ -130,18 +130,18 @@ def _one(device: torch.device) -> Tensor:
 
 
 def always(device: torch.device) -> Tensor:
-    """[1] int64 on the device, 1: the word of launches that are never skipped. Made once, nobody writes to it."""
+    """[1] int64 on the device, 1: the active flag of launches that are never skipped. Made once and never written."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _one(device)
 
 
-def live_word(live: Tensor | None, device: torch.device) -> Tensor:
-    """What a launch reads to know whether it has anything to do: `live`, checked, or `always`."""
-    if live is None:
+def active_flag(active: Tensor | None, device: torch.device) -> Tensor:
+    """The flag that a launch reads first, 0 where it has no work: `active`, checked, or `always`."""
+    if active is None:
         return always(device)
-    check_scalar("live", live, torch.int64, device)
-    return live
+    check_scalar("active", active, torch.int64, device)
+    return active
 
 
 def check_length(length: int) -> None:

@@ -1,4 +1,4 @@
-"""Random words of any stream, bit-equal to `sampling_reference.random_words`, and what is made of them.
+"""Random words of any stream, bit-equal to `reference.sampling.random_words`, and what is made of them.
 
 Philox4x32-10 with the seed's two words as key and the counter (v // 4, position, purpose | stage << 8, 0); word
 v % 4 belongs to vocabulary index v. A word makes u = min((word + 0.5) 2^-32, 1 - 2^-24) and, from it, the
@@ -96,7 +96,7 @@ def consecutive_words(
 
 @triton.jit
 def uniform(word: tl.tensor) -> tl.tensor:
-    """u of a random word, as `sampling_reference.uniform`."""
+    """u of a random word, as `reference.sampling.uniform`."""
     return tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
 
 

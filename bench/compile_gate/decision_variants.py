@@ -24,9 +24,8 @@ def variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Varia
     """Every kernel of a round, with filters and without, for each rule and form of divergence."""
     import torch
 
-    from pyramid_rt.kernels.decide import decision, sample
-    from pyramid_rt.kernels.decide import filters as thresholds
-    from pyramid_rt.kernels.decide import readback as report
+    from pyramid_rt.kernels.decide import decision, readback, sample
+    from pyramid_rt.kernels.decide import filters as filter_kernels
     from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
 
     if (shape.name, str(dtype).removeprefix("torch.")) != STANDS_FOR_ALL:
@@ -38,7 +37,7 @@ def variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Varia
     commit = QUALIFIED + DRAFTED + 1
     numbers = torch.empty(3 + (2 + COUNTERS) * 3 + commit, dtype=torch.int64, device="meta")
     reported = torch.empty((), dtype=torch.int64, device="meta")
-    yield Variant("report", report.plan(state, reported, numbers, commit), Needs())
+    yield Variant("readback", readback.plan(state, reported, numbers, commit), Needs())
     for stored in (False, True):
         yield Variant(
             f"sample{'-stored' if stored else ''}",
@@ -46,13 +45,13 @@ def variants(shape: Shape, dtype: Any, arch: int, length: int) -> Iterator[Varia
             Needs(),
         )
     yield Variant("first", sample.plan(state, 2, first=True, stored=False), Needs())
-    draw = thresholds.plan(state, 0, 1, draw=True, filters=True, arch=arch)
-    yield Variant("thresholds-draw", draw, several)
+    draw = filter_kernels.plan(state, 0, 1, draw=True, filters=True, arch=arch)
+    yield Variant("filters-draw", draw, several)
     for filters in (False, True):
-        launch = thresholds.plan(
+        launch = filter_kernels.plan(
             state, 1, DRAFTED + 1, draw=False, filters=filters, below=not filters, arch=arch
         )
-        yield Variant(f"thresholds-verify{'-filters' if filters else ''}", launch, several)
+        yield Variant(f"filters-verify{'-filters' if filters else ''}", launch, several)
     for rule in decision.RULES:
         launch = decision.plan(state, 2, QUALIFIED + 1, rule, stored=rule == "rejection", arch=arch)
         yield Variant(rule, launch, several)

@@ -42,7 +42,7 @@ def _floats(*shape: int) -> torch.Tensor:
     return _empty(*shape, dtype=torch.float32)
 
 
-def _live(length: int) -> torch.Tensor | None:
+def _active(length: int) -> torch.Tensor | None:
     """The word that a launch is skipped by, at an address like those of `control`; none at the first length.
 
     What serves all lengths then serves launches with a word and without.
@@ -88,7 +88,7 @@ def embed_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> 
     out, scaled = (_empty(64, shape.hidden, dtype=dtype) for _ in range(2))
     for name, start in (("plain", None), ("placed", _ints())):
         launch = embed.plan(
-            table, _ints(64), norm, length, out, scaled, _sums(shape.hidden), start, live=_live(length)
+            table, _ints(64), norm, length, out, scaled, _sums(shape.hidden), start, active=_active(length)
         )
         yield Variant(name, launch, Needs())
 
@@ -115,7 +115,7 @@ def qkv_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> It
             cache,
             space,
             config,
-            live=_live(length),
+            active=_active(length),
         )
         yield Variant(name, launch, needs)
 
@@ -151,7 +151,7 @@ def attention_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int)
             kv_bound=MAX_SEQ,
             config=config,
             ancestors=ancestors,
-            live=_live(length),
+            active=_active(length),
         )
         yield Variant(name, launch, Needs(tensor_core=fast, arrival=True, streams=fast))
 
@@ -167,7 +167,7 @@ def project_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
         x, weight = _empty(64, width, dtype=dtype), _empty(shape.hidden, width, dtype=dtype)
         launch = project.plan(
             x, weight, None, stream, norm, length, stream, scaled, _sums(shape.hidden), space, config,
-            live=_live(length),
+            active=_active(length),
         )  # fmt: skip
         yield Variant(name, launch, needs)
 
@@ -180,7 +180,9 @@ def gate_up_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -
     config, space, needs = _projection("gate_up", rows, width, dtype, arch)
     x, weight = (_empty(*size, dtype=dtype) for size in ((64, width), (rows, width)))
     out = _empty(64, shape.intermediate, dtype=dtype)
-    launch = gate_up.plan(x, _sums(width), 1e-5, weight, None, length, out, space, config, live=_live(length))
+    launch = gate_up.plan(
+        x, _sums(width), 1e-5, weight, None, length, out, space, config, active=_active(length)
+    )
     yield Variant("plain", launch, needs)
 
 
@@ -200,7 +202,7 @@ def head_variants(shape: Shape, dtype: torch.dtype, arch: int, length: int) -> I
     for name, rows, noise in (("plain", _ints(length), None), ("placed", place, drawn)):
         out = _floats(64, vocab)
         launch = head.plan(
-            x, _sums(width), 1e-5, weight, rows, vocab, out, statistics, noise, config, live=_live(length)
+            x, _sums(width), 1e-5, weight, rows, vocab, out, statistics, noise, config, active=_active(length)
         )  # fmt: skip
         yield Variant(name, launch, needs)
 

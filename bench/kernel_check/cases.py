@@ -32,12 +32,12 @@ PROBLEMS: dict[str, Callable[[Case, Place], Problem]] = {
     "compact": Compact,
     "decide": Verify,
     "reject": Verify,
-    "thresholds": Verify,
+    "filters": Verify,
     "sample": Draw,
-    "report": Report,
+    "readback": Report,
 }
 # Those that decide a round. They know no model and one dtype, that of logits.
-DECISION_OPS = ("decide", "reject", "thresholds", "sample", "report")
+DECISION_OPS = ("decide", "reject", "filters", "sample", "readback")
 FORWARD_OPS = tuple(op for op in PROBLEMS if op not in DECISION_OPS)
 VOCABS = (128256, 4096, 49152, 32749)
 
@@ -153,7 +153,7 @@ def decision_cases() -> Iterator[Case]:
             yield from (decided("decide", vocab, rule=rule, heat=heat) for rule in (match, fuzzy, either))
             yield decided("reject", vocab, rule=reject, heat=heat)
         for filters in (1, 4):
-            yield decided("thresholds", vocab, rule=match, heat=7, filters=filters)
+            yield decided("filters", vocab, rule=match, heat=7, filters=filters)
             yield decided("sample", vocab, heat=7, filters=filters)
         yield decided("sample", vocab, heat=7)
     vocab = min(VOCABS)
@@ -172,8 +172,8 @@ def decision_cases() -> Iterator[Case]:
         yield decided("decide", vocab, rule=fuzzy, heat=13, kind=kind, processed=1)
         yield decided("decide", vocab, rule=either, heat=7, kind=kind, processed=1, filters=1, tiers=3)
     for filters in (2, 3, 5):
-        yield decided("thresholds", vocab, rule=match, heat=7, filters=filters)
-    yield decided("thresholds", vocab, rule=match, heat=0, filters=1)
+        yield decided("filters", vocab, rule=match, heat=7, filters=filters)
+    yield decided("filters", vocab, rule=match, heat=0, filters=1)
     yield decided("decide", vocab, rule=match, heat=7, tiers=3, level=1)
     for filters in (0, 1):
         yield decided("reject", vocab, rule=reject, heat=7, tiers=3, filters=filters)
@@ -182,7 +182,7 @@ def decision_cases() -> Iterator[Case]:
     for filters in (0, 1):
         yield decided("sample", vocab, heat=7, first=1, filters=filters)
     for tiers in (1, 2, 3):
-        yield decided("report", vocab, tiers=tiers)
+        yield decided("readback", vocab, tiers=tiers)
 
 
 def decision_race_cases() -> Iterator[Case]:
@@ -194,9 +194,9 @@ def decision_race_cases() -> Iterator[Case]:
     yield decided("decide", vocab, rule=RULES.index("fuzzy_or_match"), heat=7, kind=topk)
     yield decided("reject", vocab, rule=RULES.index("rejection"), heat=7, mode=3)
     yield decided("reject", vocab, rule=RULES.index("rejection"), heat=7, tiers=3, filters=1)
-    yield from (decided("thresholds", vocab, rule=0, heat=7, filters=filters) for filters in (1, 2, 4))
+    yield from (decided("filters", vocab, rule=0, heat=7, filters=filters) for filters in (1, 2, 4))
     yield decided("sample", vocab, heat=7, filters=2)
-    yield decided("report", min(VOCABS), tiers=3)
+    yield decided("readback", min(VOCABS), tiers=3)
 
 
 def binaries(case: Case) -> str:
@@ -275,9 +275,9 @@ def tiny_cases() -> list[Case]:
         decided("decide", 101, rule=RULES.index("fuzzy_or_match"), heat=7),
         decided("decide", 101, rule=0, heat=0, mode=3),
         decided("reject", 101, rule=RULES.index("rejection"), heat=7, mode=3),
-        decided("thresholds", 101, rule=0, heat=7, filters=4),
+        decided("filters", 101, rule=0, heat=7, filters=4),
         decided("sample", 101, heat=7, filters=2),
-        decided("report", 101, tiers=2),
+        decided("readback", 101, tiers=2),
     ]
     return cases
 

@@ -120,7 +120,7 @@ def decision_timings(shape: Shape = SHAPES[-1], lengths: tuple[int, ...] = VERIF
             op=op,
             shape=shape,
             dtype="float32",
-            lengths=(1,) if op in ("sample", "report") else lengths,
+            lengths=(1,) if op in ("sample", "readback") else lengths,
             context=0,
             seconds=2.0,
         )

@@ -28,7 +28,7 @@ DECISION_GOALS = (
     ("41 positions decided, us", ("decide", "match", "filtered"), 41, 40.0),
 )
 # Timings of several checked kernels, or of one under another name.
-RESTS_ON = {"match": ("decide",), "filtered": ("decide", "thresholds"), "reject": ("thresholds",)}
+RESTS_ON = {"match": ("decide",), "filtered": ("decide", "filters"), "reject": ("filters",)}
 CHECKS = ("check", "invariance", "chunks", "races", "round")
 
 

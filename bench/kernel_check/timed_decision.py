@@ -21,9 +21,8 @@ from bench.kernel_check.problems.base import Place, Source
 from bench.kernel_check.problems.decode_state import BASE
 from bench.kernel_check.timed import TIMED, Call, Config, Workload, source_for
 from bench.kernel_check.traffic import copies_for, traffic
-from pyramid_rt.kernels.decide import decision, sample
-from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide import readback as report
+from pyramid_rt.kernels.decide import decision, readback, sample
+from pyramid_rt.kernels.decide import filters as filter_kernels
 from pyramid_rt.kernels.decide.decode_state import COUNTERS, DecodeState
 from pyramid_rt.kernels.forward.head import TileStatistics
 from pyramid_rt.kernels.launch import Launch
@@ -240,7 +239,7 @@ class TimedFiltered(TimedDecision):
     def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """Thresholds, decision."""
         count = self.count(length)
-        made = thresholds.plan(state, 1, count, draw=False, filters=True)
+        made = filter_kernels.plan(state, 1, count, draw=False, filters=True)
         return made, decision.plan(state, 1, count, self.rule, stored=True)
 
     def decision(self, length: int) -> Callable[[], Tensor]:
@@ -264,7 +263,7 @@ class TimedRejection(TimedDecision):
     def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """Thresholds of both tiers, verdict."""
         count = self.count(length)
-        made = thresholds.plan(state, 1, count, draw=False, filters=False, below=True)
+        made = filter_kernels.plan(state, 1, count, draw=False, filters=False, below=True)
         return made, decision.plan(state, 1, count, "rejection", stored=True)
 
     def set_apart(self, p: Tensor, q: Tensor) -> None:
@@ -318,7 +317,7 @@ class TimedSample(TimedDecision):
 class TimedReport(TimedDecision):
     """The vector that the host reads. T plays no part."""
 
-    op = "report"
+    op = "readback"
 
     def _board(self) -> DecodeState:
         state = super()._board()
@@ -329,7 +328,7 @@ class TimedReport(TimedDecision):
 
     def parts(self, state: DecodeState, length: int) -> tuple[Launch, ...]:
         """One."""
-        return (report.plan(state, self.reported, self.numbers, self.most),)
+        return (readback.plan(state, self.reported, self.numbers, self.most),)
 
     def decision(self, length: int) -> Callable[[], Tensor]:
         """The readback where torch decides: words, counters and tokens put together."""
@@ -350,7 +349,7 @@ TIMED_DECISIONS: dict[str, Callable[..., TimedDecision]] = {
     "filtered": TimedFiltered,
     "reject": TimedRejection,
     "sample": TimedSample,
-    "report": TimedReport,
+    "readback": TimedReport,
 }
 # Everything that can be timed.
 WORKLOADS: dict[str, Callable[..., Workload]] = {**TIMED, **TIMED_DECISIONS}

@@ -134,7 +134,7 @@ def _decision(op: str) -> Callable[[Shape, int, int, int], Traffic]:
         # Winners of the tiles and their tokens, peaks and sums.
         own, sums = 4 * tiles + 4, 8 * tiles
         state = 8 * (_WORDS + _COUNTED + 2)
-        if op in ("sample", "report"):
+        if op in ("sample", "readback"):
             read = own + sums if op == "sample" else 8 * 20
             written = state if op == "sample" else 8 * 20 + state
             return Traffic(read + state, written, read)
@@ -151,7 +151,7 @@ def _decision(op: str) -> Callable[[Shape, int, int, int], Traffic]:
     return count
 
 
-DECISION_OPS = ("decide", "match", "filtered", "reject", "sample", "report")
+DECISION_OPS = ("decide", "match", "filtered", "reject", "sample", "readback")
 _COUNTS |= {op: _decision(op) for op in DECISION_OPS}
 
 

@@ -51,62 +51,26 @@ OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 # Lengths are part of a graph; thresholds, temperature and filter values stay device scalars.
 @triton.jit
 def decide_kernel(
-    control_ptr: tl.tensor,
-    ended_ptr: tl.tensor,
-    tokens_ptr: tl.tensor,
-    origin_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    stop_ptr: tl.tensor,
-    source_ptr: tl.tensor,
-    thresholds_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    peak_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    token_ptr: tl.tensor,
-    own_ptr: tl.tensor,
-    normaliser_ptr: tl.tensor,
-    cut_ptr: tl.tensor,
-    non_finite_ptr: tl.tensor,
-    distance_ptr: tl.tensor,
-    partials_ptr: tl.tensor,
-    amounts_ptr: tl.tensor,
-    arrivals_ptr: tl.tensor,
-    picked_ptr: tl.tensor,
-    found_ptr: tl.tensor,
-    values_ptr: tl.tensor,
-    row_count: tl.tensor,
-    padded: tl.tensor,
-    tile_count: tl.tensor,
-    vocab: tl.tensor,
-    until: tl.tensor,
-    N: tl.constexpr,
-    LEVEL: tl.constexpr,
-    COUNT: tl.constexpr,
-    FUZZY: tl.constexpr,
-    OR_MATCH: tl.constexpr,
-    KIND: tl.constexpr,
-    TOP: tl.constexpr,
-    PROCESSED: tl.constexpr,
-    STORED: tl.constexpr,
-    UNTIL: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SEARCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
+    control_ptr: tl.tensor, ended_ptr: tl.tensor, tokens_ptr: tl.tensor, origin_ptr: tl.tensor,
+    counters_ptr: tl.tensor, stop_ptr: tl.tensor, source_ptr: tl.tensor, thresholds_ptr: tl.tensor,
+    temperature_ptr: tl.tensor, rows_ptr: tl.tensor, peak_ptr: tl.tensor, total_ptr: tl.tensor, best_ptr: tl.tensor,
+    token_ptr: tl.tensor, own_ptr: tl.tensor, normaliser_ptr: tl.tensor, cut_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor, distance_ptr: tl.tensor, partials_ptr: tl.tensor, amounts_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor, picked_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor,
+    row_count: tl.tensor, padded: tl.tensor, tile_count: tl.tensor, vocab: tl.tensor, until: tl.tensor,
+    N: tl.constexpr, LEVEL: tl.constexpr, COUNT: tl.constexpr, FUZZY: tl.constexpr, OR_MATCH: tl.constexpr,
+    KIND: tl.constexpr, TOP: tl.constexpr, PROCESSED: tl.constexpr, STORED: tl.constexpr, UNTIL: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, SEARCH: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
     """Match and fuzzy: one share of one row, the row's end, and the verify's."""
     chunk = tl.program_id(0)
     step = tl.program_id(1)
     proposal = tl.load(base_word(control_ptr, N, LEVEL - 1))
     outer = tl.load(base_word(control_ptr, N, N - 1))
     # An inactive verify has no rows, not even the one after its proposal.
-    live = tl.load(active_word(control_ptr, N, LEVEL)) != 0
-    count = tl.where(live, tl.load(control_ptr) - proposal, -1)
+    active = tl.load(active_word(control_ptr, N, LEVEL)) != 0
+    count = tl.where(active, tl.load(control_ptr) - proposal, -1)
     row = proposal - outer + step
     place = LEVEL * row_count + row
     compared = step < count
@@ -134,25 +98,42 @@ def decide_kernel(
     all_done = arrive(arrivals_ptr + COUNT, COUNT)
     if all_done == 0:
         return
+    proposed, own, flaws, stands, inherited = verdict(
+        tokens_ptr + proposal, own_ptr + LEVEL * row_count + proposal - outer,
+        non_finite_ptr + LEVEL * row_count + proposal - outer, distance_ptr, thresholds_ptr + LEVEL - 1, count,
+        COUNT, FUZZY, OR_MATCH, ROWS,
+    )  # fmt: skip
+    commit(
+        control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own,
+        stands, inherited, flaws, 0, until, N, LEVEL, not FUZZY, False, UNTIL, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def verdict(
+    proposed_ptr: tl.tensor, own_ptr: tl.tensor, non_finite_ptr: tl.tensor, distance_ptr: tl.tensor,
+    threshold_ptr: tl.tensor, count: tl.tensor, COUNT: tl.constexpr, FUZZY: tl.constexpr, OR_MATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Of all rows of a verify: the proposed and the own token, the flaws, what stands, and what stands by divergence.
+
+    The rows' numbers were stored by other programs, hence past the first cache.
+    """
     steps = tl.arange(0, ROWS)
-    here = LEVEL * row_count + proposal - outer + steps
-    proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
-    own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
-    flaws = tl.load(non_finite_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+    proposed = tl.load(proposed_ptr + steps, mask=steps < count, other=0)
+    own = tl.load(own_ptr + steps, mask=steps <= count, other=0, cache_modifier=".cg")
+    flaws = tl.load(non_finite_ptr + steps, mask=steps <= count, other=0, cache_modifier=".cg")
     stands = proposed == own
     inherited = steps < 0
     if FUZZY:
         found = tl.load(distance_ptr + steps, mask=steps < COUNT, other=0.0, cache_modifier=".cg")
-        threshold = tl.load(thresholds_ptr + LEVEL - 1)
+        threshold = tl.load(threshold_ptr)
         inherited = (found <= threshold) & (found < float("inf"))
         if OR_MATCH:
             stands = stands | inherited
         else:
             stands = inherited
-    commit(
-        control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own,
-        stands, inherited, flaws, 0, until, N, LEVEL, not FUZZY, False, UNTIL, ROWS,
-    )  # fmt: skip
+    return proposed, own, flaws, stands, inherited
 
 
 @triton.jit
@@ -297,10 +278,10 @@ def plan(
         level: the verifying tier, at least 1.
         count: the longest proposal of the tier below, plus 1.
         rule: one of `RULES`.
-        kind: of the divergence, one of `sampling_reference.DIVERGENCES`; fuzzy rules only.
-        processed: the divergence is taken after temperature and filters; then `thresholds` has run on the rows of
+        kind: of the divergence, one of `reference.sampling.DIVERGENCES`; fuzzy rules only.
+        processed: the divergence is taken after temperature and filters; then `filters` has run on the rows of
             both tiers.
-        stored: `thresholds` has run on this tier's rows. Rejection needs it, on the rows of all lower tiers too.
+        stored: `filters` has run on this tier's rows. Rejection needs it, on the rows of all lower tiers too.
         until: the tier's proposals end when this many tokens stand; None where a fixed number of rounds ends them.
         arch: one of `configs.ARCHITECTURES`; None for that of the decode state's device.
 

@@ -5,10 +5,15 @@ after the outer round's first: nothing is moved while a round runs, and the dist
 from is the number of a tier (`source`), not a copy of a row.
 
 All counts of a round are words of one int64 tensor, `control`: the tokens known (proposals included), the
-limit, and then for each of N tiers `cached`, `base` (where its proposal of this round begins; the target's is
-the outer round's first position), `live` (has it anything to do: is the verify that it takes part in active, and, for
-the lowest of several tiers, may its burst go on) and `bad` (the first position whose logits cannot be decided).
-A forward pass of a round runs where its tier's `live` word is not 0, and is skipped elsewhere.
+limit, and then for each of N tiers
+
+- `cached`: rows of its cache that hold
+- `base`: where its proposal of this round begins; the target's is the outer round's first position
+- the active flag: 1 while the tier has work this round: the verify that it takes part in is active and, for the
+  lowest of several tiers, its burst goes on
+- `bad`: the first position whose logits cannot be decided
+
+A forward pass of a round runs where its tier's active flag is not 0, and is skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -50,8 +55,8 @@ def base_at(tiers: int, level: int) -> int:
     return CACHED + tiers + level
 
 
-def live_at(tiers: int, level: int) -> int:
-    """Word of `control` that says whether a tier has anything to do."""
+def active_at(tiers: int, level: int) -> int:
+    """Word of `control` that is a tier's active flag."""
     return CACHED + 2 * tiers + level
 
 
@@ -302,12 +307,12 @@ def mark(
 
     With UNTIL the round is active only while fewer than `until` tokens of the tier's proposal stand.
     """
-    live = unfinished
+    active = unfinished
     if TOP < N - 1:
-        live = live & (tl.load(active_word(control_ptr, N, TOP + 1)) != 0)
+        active = active & (tl.load(active_word(control_ptr, N, TOP + 1)) != 0)
     if UNTIL:
-        live = live & (end - tl.load(base_word(control_ptr, N, TOP)) < until)
-    flag = live.to(tl.int64)
+        active = active & (end - tl.load(base_word(control_ptr, N, TOP)) < until)
+    flag = active.to(tl.int64)
     for level in tl.static_range(N):
         if level <= TOP:
             tl.store(active_word(control_ptr, N, level), flag)

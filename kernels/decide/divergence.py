@@ -2,7 +2,7 @@
 
 With p verifying, q proposing, d = log q - log p and h = log((1 + exp(-|d|)) / 2), where m = (p + q) / 2:
 log(m / p) = max(d, 0) + h and log(m / q) = max(-d, 0) + h, exactly 0 where p = q. Kinds as in
-`sampling_reference.divergence`; 0 log 0 = 0, and a sum of infinite terms is inf.
+`reference.sampling.divergence`; 0 log 0 = 0, and a sum of infinite terms is inf.
 
 `topk_*` takes the verifying tier's 50 most likely entries, of equal ones those with the lowest indices, and one
 bucket for the rest. (The reference leaves the choice among equal ones at the border to `torch.topk`.)

@@ -8,7 +8,7 @@ Processed logits of a row are s = logit / temperature where s >= cut, else -inf.
 
 so ties stand. The normaliser is log(sum of exp(s) over s >= cut). The own token is the head's noisy winner where
 that stands, else the noisy winner among those that do. At temperature 0 it is the argmax, and the rest unused.
-Source of the filters: `sampling_reference.filter_logits`, which they equal but where the running sum of top-p,
+Source of the filters: `reference.sampling.filter_logits`, which they equal but where the running sum of top-p,
 or exp(s - max s) of min-p, is within rounding of its bound.
 """
 
@@ -166,50 +166,15 @@ def survey(
     return tl.sum(mass, 0), amount
 
 
-# What a request may change stays in device scalars; lengths of a round are part of a graph, as are these.
 @triton.jit
-def thresholds_kernel(
-    control_ptr: tl.tensor,
-    seed_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
-    top_k_ptr: tl.tensor,
-    top_p_ptr: tl.tensor,
-    min_p_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    peak_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    token_ptr: tl.tensor,
-    own_ptr: tl.tensor,
-    normaliser_ptr: tl.tensor,
-    cut_ptr: tl.tensor,
-    non_finite_ptr: tl.tensor,
-    partials_ptr: tl.tensor,
-    amounts_ptr: tl.tensor,
-    arrivals_ptr: tl.tensor,
-    picked_ptr: tl.tensor,
-    found_ptr: tl.tensor,
-    values_ptr: tl.tensor,
-    row_count: tl.tensor,
-    padded: tl.tensor,
-    tile_count: tl.tensor,
-    vocab: tl.tensor,
-    N: tl.constexpr,
-    LEVEL: tl.constexpr,
-    DRAW: tl.constexpr,
-    COUNT: tl.constexpr,
-    FILTERS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SEARCH: tl.constexpr,
-    JOINED: tl.constexpr,
-    TILES: tl.constexpr,
-) -> None:
-    """One share of one row: tier LEVEL's rows first, then, past COUNT, those of the tier below."""
-    chunk = tl.program_id(0)
-    slot = tl.program_id(1)
+def row_of(
+    control_ptr: tl.tensor, slot: tl.tensor, row_count: tl.tensor, N: tl.constexpr, LEVEL: tl.constexpr,
+    DRAW: tl.constexpr, COUNT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Of a slot of the grid: its row among all tiers' rows, the position that row decides, and whether it has work.
+
+    Tier LEVEL's rows come first, then, past COUNT, those of the tier below.
+    """
     end = tl.load(control_ptr)
     outer = tl.load(base_word(control_ptr, N, N - 1))
     decided = end
@@ -219,12 +184,43 @@ def thresholds_kernel(
     level = tl.where(above, LEVEL, LEVEL - 1)
     step = tl.where(above, slot, slot - COUNT)
     row = decided - outer + step
-    place = level.to(tl.int64) * row_count + row
     # The row after a proposal is the judge's alone.
-    live = (row >= 0) & (row < row_count) & (decided + step < end + above.to(tl.int64))
-    live = live & (tl.load(active_word(control_ptr, N, LEVEL)) != 0)
+    active = (row >= 0) & (row < row_count) & (decided + step < end + above.to(tl.int64))
+    active = active & (tl.load(active_word(control_ptr, N, LEVEL)) != 0)
+    return level.to(tl.int64) * row_count + row, decided + step, active
+
+
+@triton.jit
+def mass_of_shares(
+    partials_ptr: tl.tensor, slot: tl.tensor, CHUNKS: tl.constexpr, SLOTS: tl.constexpr
+) -> tl.tensor:
+    """A row's sum of exp(s - top): the parts that other programs stored, added in one fixed order."""
+    share = tl.arange(0, SLOTS)
+    parts = tl.load(
+        partials_ptr + slot * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
+    )
+    return tl.sum(parts, 0)
+
+
+# What a request may change stays in device scalars; lengths of a round are part of a graph, as are these.
+@triton.jit
+def filters_kernel(
+    control_ptr: tl.tensor, seed_ptr: tl.tensor, temperature_ptr: tl.tensor, top_k_ptr: tl.tensor,
+    top_p_ptr: tl.tensor, min_p_ptr: tl.tensor, rows_ptr: tl.tensor, peak_ptr: tl.tensor, total_ptr: tl.tensor,
+    best_ptr: tl.tensor, token_ptr: tl.tensor, own_ptr: tl.tensor, normaliser_ptr: tl.tensor, cut_ptr: tl.tensor,
+    non_finite_ptr: tl.tensor, partials_ptr: tl.tensor, amounts_ptr: tl.tensor, arrivals_ptr: tl.tensor,
+    picked_ptr: tl.tensor, found_ptr: tl.tensor, values_ptr: tl.tensor, row_count: tl.tensor, padded: tl.tensor,
+    tile_count: tl.tensor, vocab: tl.tensor,
+    N: tl.constexpr, LEVEL: tl.constexpr, DRAW: tl.constexpr, COUNT: tl.constexpr, FILTERS: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, SEARCH: tl.constexpr,
+    JOINED: tl.constexpr, TILES: tl.constexpr,
+) -> None:  # fmt: skip
+    """One share of one row, and by the row's last share its three numbers."""
+    chunk = tl.program_id(0)
+    slot = tl.program_id(1)
+    place, position, active = row_of(control_ptr, slot, row_count, N, LEVEL, DRAW, COUNT)
     # Returns, not branches: what is nested deeper than the hardware keeps track of goes to memory.
-    if live == 0:
+    if active == 0:
         return
     offset = place * tile_count
     temperature = tl.load(temperature_ptr)
@@ -235,44 +231,25 @@ def thresholds_kernel(
         bound = list_bound(top, gaps, top_k_ptr, top_p_ptr, min_p_ptr)
     list_at = slot.to(tl.int64) * (CHUNKS * CHUNK)
     mass, amount = survey(
-        rows_ptr + place * padded,
-        picked_ptr + list_at,
-        chunk,
-        top,
-        bound,
-        divide,
-        vocab,
-        FILTERS,
-        CHUNK,
-        BLOCK,
-    )
+        rows_ptr + place * padded, picked_ptr + list_at, chunk, top, bound, divide, vocab, FILTERS, CHUNK, BLOCK
+    )  # fmt: skip
     tl.store(partials_ptr + slot * CHUNKS + chunk, mass)
     if FILTERS:
         tl.store(amounts_ptr + slot * CHUNKS + chunk, amount)
     last = arrive(arrivals_ptr + slot, CHUNKS)
     if last == 0:
         return
-    share = tl.arange(0, SLOTS)
-    parts = tl.load(
-        partials_ptr + slot * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
-    )
-    mass = tl.sum(parts, 0)
+    mass = mass_of_shares(partials_ptr, slot, CHUNKS, SLOTS)
     token = row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES)
     _, non_finite = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
     cut = top * 0.0 + float("-inf")
     if FILTERS:
         length = join_lists(
-            amounts_ptr + slot * CHUNKS,
-            picked_ptr + list_at,
-            found_ptr + list_at,
-            CHUNKS,
-            CHUNK,
-            SLOTS,
-            JOINED,
-        )
+            amounts_ptr + slot * CHUNKS, picked_ptr + list_at, found_ptr + list_at, CHUNKS, CHUNK, SLOTS, JOINED
+        )  # fmt: skip
         cut, mass, token = filter_row(
             rows_ptr + place * padded, found_ptr + list_at, values_ptr + list_at, length, bound, top, mass,
-            token, temperature, seed_ptr, decided + step, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH,
+            token, temperature, seed_ptr, position, top_k_ptr, top_p_ptr, min_p_ptr, vocab, SEARCH,
         )  # fmt: skip
     tl.store(own_ptr + place, token)
     tl.store(normaliser_ptr + place, top + tl.log(tl.where(mass > 0.0, mass, 1.0)))
@@ -315,7 +292,7 @@ def plan(
     tile_count = s.peak.shape[2]
     arch = architecture(state.rows.device) if arch is None else arch
     return Launch(
-        thresholds_kernel,
+        filters_kernel,
         (chunks, 2 * count - 1 if below else count, 1),
         (
             state.control, state.seed, state.temperature, state.top_k, state.top_p, state.min_p,

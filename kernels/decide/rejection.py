@@ -5,7 +5,7 @@ first one to fall is argmax of log max(p - q, 0) + g, or of log p + g where p - 
 residual noise g of the stage; after a whole proposal it is the verifying tier's own. Sources: arXiv:2211.17192,
 section 2.3; arXiv:2302.01318, algorithm 2.
 
-Every program judges the rows from the scalars that `thresholds` left, and scans its share of the one row that
+Every program judges the rows from the scalars that `filters` left, and scans its share of the one row that
 falls; the last one to arrive decides.
 """
 

@@ -1,8 +1,8 @@
 """One token put without a verify: a step of the lowest tier's burst, or the first token after the prompt.
 
 The token is the noisy winner of the head's tiles, or, where processed distributions are wanted, what
-`thresholds` stored. Nothing is put where the round is not active, at the limit, or after a stop token; the lowest
-tier's `live` word says so to the passes of the rest of a burst.
+`filters` stored. Nothing is put where the round is not active, at the limit, or after a stop token; the lowest
+tier's active flag says so to the passes of the rest of a burst.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def plan(state: DecodeState, level: int, *, first: bool, stored: bool) -> Launch
         state: see `DecodeState`.
         level: the tier whose row decides it: the lowest, or the target after the prompt.
         first: the first token after the prompt, which no statistic counts; opens the first outer round.
-        stored: `thresholds` has run on the row.
+        stored: `filters` has run on the row.
 
     Raises:
         ValueError: names the argument that does not fit.

@@ -30,11 +30,11 @@ from pyramid_rt.kernels.forward.attention_configs import BLOCK_M, FAN, Attention
 from pyramid_rt.kernels.launch import (
     DTYPES,
     Launch,
+    active_flag,
     check_length,
     check_scalar,
     check_tensor,
     interpreted,
-    live_word,
     runner,
     tiles,
 )
@@ -73,47 +73,81 @@ def _split_count(
     return small + middle + tl.cdiv(tl.maximum(rows - EDGE1, 0), SIZE2)
 
 
+@triton.jit
+def _query_tile(
+    q_ptr, ancestors_ptr, tile, kv_head, length, q_stride_t, q_stride_h,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TREE: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of query rows, zero-padded: their values, window rows and two words of ancestors each."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    window_row = rows // GROUP
+    real = window_row < length
+    dims = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + rows % GROUP
+    q_rows = window_row.to(tl.int64) * q_stride_t + head * q_stride_h
+    mask = real[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    low, high = window_row, window_row
+    if TREE:
+        # As two words: testing a bit of 64 for every score would take twice the registers.
+        ancestors = tl.load(ancestors_ptr + window_row, mask=real, other=0)
+        low, high = ancestors.to(tl.int32), (ancestors >> 32).to(tl.int32)
+    return q, window_row, low, high
+
+
+@triton.jit
+def _seen(position, start, length, kv_end, window_row, low, high, TREE: tl.constexpr):
+    """The mask of a block of scores: which rows of the cache each query row sees; padding rows see nothing."""
+    real = window_row < length
+    if TREE:
+        node = position - start
+        word = tl.where((node < 32)[None, :], low[:, None], high[:, None])
+        bit = (word >> (node & 31)[None, :]) & 1
+        seen = ((node < 0)[None, :] | (bit != 0)) & (position[None, :] < kv_end) & real[:, None]
+    else:
+        last = tl.where(real, tl.minimum(start + window_row, kv_end - 1), -1)
+        seen = position[None, :] <= last[:, None]
+    return seen
+
+
+@triton.jit
+def _rescaled(scores, maximum, total):
+    """One step of the running softmax: weights of a block, the new maximum, the sum, and the old parts' factor."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    shift = finite(new_maximum)
+    weights = tl.exp2(scores - shift[:, None])
+    rescale = tl.exp2(maximum - shift)
+    return weights, new_maximum, total * rescale + tl.sum(weights, 1), rescale
+
+
+@triton.jit
+def _weighted_sum(weights, v, acc, UPCAST: tl.constexpr):
+    """acc + weights . v, the weights rounded to the type of v."""
+    weights = weights.to(v.dtype)
+    if UPCAST:
+        acc += tl.dot(weights.to(tl.float32), v.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(weights, v, acc, input_precision="ieee")
+    return acc
+
+
 # length (T) and kv_bound stay run-time values without specialisation: one binary for all of them.
 @triton.jit(
     do_not_specialize=["length", "kv_bound"],
-    do_not_specialize_on_alignment=["start_ptr", "ancestors_ptr", "live_ptr"],
+    do_not_specialize_on_alignment=["start_ptr", "ancestors_ptr", "active_ptr"],
 )
 def attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    start_ptr,
-    ancestors_ptr,
-    out_ptr,
-    acc_ptr,
-    stats_ptr,
-    arrivals_ptr,
-    live_ptr,
-    length,
-    kv_bound,
-    scale,
-    q_stride_t,
-    q_stride_h,
-    cache_stride_h,
-    cache_stride_s,
-    out_stride_t,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TREE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FOLD_M: tl.constexpr,
-    FAN: tl.constexpr,
-    SIZE0: tl.constexpr,
-    SIZE1: tl.constexpr,
-    SIZE2: tl.constexpr,
-    EDGE0: tl.constexpr,
-    EDGE1: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, start_ptr, ancestors_ptr, out_ptr, acc_ptr, stats_ptr, arrivals_ptr, active_ptr,
+    length, kv_bound, scale, q_stride_t, q_stride_h, cache_stride_h, cache_stride_s, out_stride_t,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TREE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD_M: tl.constexpr, FAN: tl.constexpr,
+    SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr, EDGE0: tl.constexpr, EDGE1: tl.constexpr,
+):  # fmt: skip
     """Grid (row tiles, splits of kv_bound, KV heads). scale is log2(e) / sqrt(D)."""
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     tile = tl.program_id(0)
     # The longest splits come last in the sequence and first in the grid: less of a tail.
@@ -126,71 +160,34 @@ def attention_kernel(
     if begin >= kv_end:
         return
     end = tl.minimum(_split_begin(split + 1, SIZE0, SIZE1, SIZE2, EDGE0, EDGE1), kv_end)
-
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    window_row = rows // GROUP
-    real = window_row < length
-    dims = tl.arange(0, BLOCK_D)
-    inside = dims < HEAD_DIM
-    tile_mask = real[:, None] & inside[None, :]
-    head = kv_head * GROUP + rows % GROUP
-    q_rows = window_row.to(tl.int64) * q_stride_t + head * q_stride_h
-    q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=tile_mask, other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
-    # Padding rows see nothing.
-    last = tl.where(real, tl.minimum(start + window_row, kv_end - 1), -1)
-    if TREE:
-        # As two words: testing a bit of 64 for every score would take twice the registers.
-        ancestors = tl.load(ancestors_ptr + window_row, mask=real, other=0)
-        low, high = ancestors.to(tl.int32), (ancestors >> 32).to(tl.int32)
+    q, window_row, low, high = _query_tile(
+        q_ptr, ancestors_ptr, tile, kv_head, length, q_stride_t, q_stride_h,
+        GROUP, HEAD_DIM, TREE, UPCAST, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
 
     # 64-bit to the split, 32-bit within it: the launcher bounds a split's extent.
     origin = kv_head * cache_stride_h + begin.to(tl.int64) * cache_stride_s
-    k_split = k_ptr + origin
-    v_split = v_ptr + origin
+    k_split, v_split = k_ptr + origin, v_ptr + origin
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    columns = tl.arange(0, BLOCK_N)
+    columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = dims < HEAD_DIM
     for block in tl.range(0, tl.cdiv(end - begin, BLOCK_N)):
         offsets = block * BLOCK_N + columns
         # Rows past the window may hold anything, NaN included, and 0 * NaN is NaN: they are not loaded.
         present = offsets < end - begin
-        k = tl.load(
-            k_split + offsets[None, :] * cache_stride_s + dims[:, None],
-            mask=present[None, :] & inside[:, None],
-            other=0.0,
-        )
+        at = offsets * cache_stride_s
+        k = tl.load(k_split + at[None, :] + dims[:, None], mask=present[None, :] & inside[:, None], other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
         scores = tl.dot(q, k, input_precision="ieee") * scale
-        position = begin + offsets
-        if TREE:
-            node = position - start
-            word = tl.where((node < 32)[None, :], low[:, None], high[:, None])
-            bit = (word >> (node & 31)[None, :]) & 1
-            seen = ((node < 0)[None, :] | (bit != 0)) & (position[None, :] < kv_end) & real[:, None]
-        else:
-            seen = position[None, :] <= last[:, None]
+        seen = _seen(begin + offsets, start, length, kv_end, window_row, low, high, TREE)
         scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shift = finite(new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        rescale = tl.exp2(maximum - shift)
-        total = total * rescale + tl.sum(weights, 1)
-        maximum = new_maximum
+        weights, maximum, total, rescale = _rescaled(scores, maximum, total)
         acc = acc * rescale[:, None]
-        v = tl.load(
-            v_split + offsets[:, None] * cache_stride_s + dims[None, :],
-            mask=present[:, None] & inside[None, :],
-            other=0.0,
-        )
-        weights = weights.to(v.dtype)
-        if UPCAST:
-            acc += tl.dot(weights.to(tl.float32), v.to(tl.float32), input_precision="ieee")
-        else:
-            acc = tl.dot(weights, v, acc, input_precision="ieee")
+        v = tl.load(v_split + at[:, None] + dims[None, :], mask=present[:, None] & inside[None, :], other=0.0)
+        acc = _weighted_sum(weights, v, acc, UPCAST)
 
     splits = _split_count(kv_end, SIZE0, SIZE1, SIZE2, EDGE0, EDGE1)
     out_base = out_ptr + kv_head * GROUP * HEAD_DIM
@@ -200,26 +197,10 @@ def attention_kernel(
         write_rows(out_base, tile * BLOCK_M, part, tile_rows, out_stride_t, acc, total, GROUP, HEAD_DIM)
     else:
         combine_splits(
-            out_base,
-            acc_ptr,
-            stats_ptr,
-            arrivals_ptr,
-            kv_head * tl.num_programs(0) + tile,
-            split,
-            splits,
-            tile * BLOCK_M,
-            tile_rows,
-            out_stride_t,
-            maximum,
-            total,
-            acc,
-            GROUP,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_D,
-            FOLD_M,
-            FAN,
-        )
+            out_base, acc_ptr, stats_ptr, arrivals_ptr, kv_head * tl.num_programs(0) + tile, split, splits,
+            tile * BLOCK_M, tile_rows, out_stride_t, maximum, total, acc,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, FOLD_M, FAN,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +304,7 @@ def plan(
     kv_bound: int,
     config: AttentionConfig,
     ancestors: Tensor | None = None,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """Check the arguments and fix the launch.
 
@@ -338,7 +319,7 @@ def plan(
             cost and nothing else; rows from kv_bound on are not seen.
         config: how to compile; `config_for`.
         ancestors: [>= T] int64 for the tree mask, None for the chain.
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -359,7 +340,7 @@ def plan(
         splits=config.splits,
     )
     _check_space(space, sizes, q.device)
-    word = live_word(live, q.device)
+    word = active_flag(active, q.device)
     tensors = (q, k, v, start, ancestors, out, space.acc, space.stats, space.arrivals, word)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), out.stride(0))
     return Launch(

@@ -16,11 +16,11 @@ from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
     Launch,
+    active_flag,
     check_length,
     check_strides,
     check_tensor,
     interpreted,
-    live_word,
     runner,
     tiles,
 )
@@ -29,7 +29,7 @@ from pyramid_rt.kernels.limits import WINDOW
 
 # The window's length stays a run-time value: one binary serves every T.
 @triton.jit(
-    do_not_specialize=["length"], do_not_specialize_on_alignment=["tokens_ptr", "start_ptr", "live_ptr"]
+    do_not_specialize=["length"], do_not_specialize_on_alignment=["tokens_ptr", "start_ptr", "active_ptr"]
 )
 def embed_kernel(
     table_ptr: tl.tensor,
@@ -41,14 +41,14 @@ def embed_kernel(
     stride_out: tl.tensor,
     sumsq_ptr: tl.tensor,
     start_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    active_ptr: tl.tensor,
     length: tl.tensor,
     width: tl.tensor,
     PLACED: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     """One program: 16 rows of 64 channels."""
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     tile = tl.program_id(0)
     row = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -77,7 +77,7 @@ def plan(
     sumsq: Tensor,
     start: Tensor | None = None,
     *,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """The launch of an embedding gather.
 
@@ -91,7 +91,7 @@ def plan(
         sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
         start: 0-d int64, read on the device: the window is tokens[start : start + T], which the caller keeps
             inside. None: it is tokens[:T].
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -123,7 +123,7 @@ def plan(
             out.stride(0),
             sumsq,
             tokens if start is None else start,
-            live_word(live, device),
+            active_flag(active, device),
             length,
             width,
         ),

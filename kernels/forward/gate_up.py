@@ -30,9 +30,9 @@ from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
     Launch,
+    active_flag,
     check_length,
     check_tensor,
-    live_word,
     runner,
     tiles,
 )
@@ -70,7 +70,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["live_ptr"])
+@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["active_ptr"])
 def gate_up_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -83,7 +83,7 @@ def gate_up_kernel(
     stride_out: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    active_ptr: tl.tensor,
     length: tl.tensor,
     inner: tl.tensor,
     K: tl.tensor,
@@ -101,7 +101,7 @@ def gate_up_kernel(
     """One program: BLOCK_N / 2 channels, one split of K, 16 columns or the whole window."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n // 2 + (n % 2) * inner, n < 2 * inner)
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     product(
         (x_ptr, stride_x, x_ptr), weights, (sumsq_ptr, eps), (partials_ptr, counters_ptr),
@@ -121,7 +121,7 @@ def plan(
     workspace: Workspace,
     config: ProjectionConfig,
     *,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """The launch of a normalised gate and up projection.
 
@@ -135,7 +135,7 @@ def plan(
         out: [64, I] dtype; rows T and later are left alone.
         workspace: of at least `partial_elements(2 I, ...)` and `counter_elements(2 I, ...)`.
         config: `projection_config("gate_up", ...)`.
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -167,7 +167,7 @@ def plan(
             out.stride(0),
             workspace.partials,
             workspace.counters,
-            live_word(live, device),
+            active_flag(active, device),
             length,
             rows // 2,
             width,

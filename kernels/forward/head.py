@@ -6,7 +6,7 @@ BLOCK_N entries: the largest logit m, the sum of exp(logit - m), and the largest
 
 score = logit / temperature + g, g = -log(-log1p(-u)), u = min((word + 0.5) 2^-32, 1 - 2^-24)
 
-and the words are those of `sampling_reference.own_noise`: Philox4x32-10 with the seed's two words as key and
+and the words are those of `reference.sampling.own_noise`: Philox4x32-10 with the seed's two words as key and
 the counter (v // 4, position, 0, 0), word v % 4. Without noise, or at temperature 0, the score is the logit.
 """
 
@@ -30,7 +30,7 @@ from pyramid_rt.kernels.forward.product import (
     tile_log2,
     tree_sum,
 )
-from pyramid_rt.kernels.launch import CHANNELS, DTYPES, Launch, check_tensor, live_word, runner, tiles
+from pyramid_rt.kernels.launch import CHANNELS, DTYPES, Launch, active_flag, check_tensor, runner, tiles
 from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.noise import gumbel, philox_words
 
@@ -64,7 +64,7 @@ class TileStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Own-token noise, as `sampling_reference.own_noise`.
+    """Own-token noise, as `reference.sampling.own_noise`.
 
     Attributes:
         seed: [2] int64, the low and the high 32-bit word.
@@ -197,7 +197,7 @@ def _store(
     do_not_specialize=["count", "capacity", "eps"],
     do_not_specialize_on_alignment=[
         "rows_ptr", "peak_ptr", "total_ptr", "best_ptr", "token_ptr", "seed_ptr", "positions_ptr",
-        "temperature_ptr", "start_ptr", "decided_ptr", "first_ptr", "live_ptr",
+        "temperature_ptr", "start_ptr", "decided_ptr", "first_ptr", "active_ptr",
     ],
 )  # fmt: skip
 def head_kernel(
@@ -220,7 +220,7 @@ def head_kernel(
     start_ptr: tl.tensor,
     decided_ptr: tl.tensor,
     first_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    active_ptr: tl.tensor,
     count: tl.tensor,
     vocab: tl.tensor,
     padded: tl.tensor,
@@ -243,7 +243,7 @@ def head_kernel(
     tl.static_assert(SPLITS == 1)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n, n < vocab)
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     statistics = (peak_ptr, total_ptr, best_ptr, token_ptr)
     noise = (seed_ptr, positions_ptr, temperature_ptr)
@@ -269,7 +269,7 @@ def plan(
     noise: Noise | None,
     config: ProjectionConfig,
     *,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """The launch of an LM head.
 
@@ -286,7 +286,7 @@ def plan(
         statistics: [M, ceil(P / block_n)]; rows that are not asked for are left alone.
         noise: of the own tokens, or None where none is wanted; a graph variant.
         config: `projection_config("head", ...)`, without splits.
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -351,7 +351,7 @@ def plan(
             scalars[1] if noise is None or noise.positions is None else noise.positions,
             out if noise is None else noise.temperature,
             *scalars,
-            live_word(live, device),
+            active_flag(active, device),
             count,
             vocab_size,
             padded,

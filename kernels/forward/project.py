@@ -28,10 +28,10 @@ from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
     Launch,
+    active_flag,
     check_length,
     check_strides,
     check_tensor,
-    live_word,
     runner,
     tiles,
 )
@@ -79,7 +79,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["live_ptr"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["active_ptr"])
 def project_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -95,7 +95,7 @@ def project_kernel(
     sumsq_ptr: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    active_ptr: tl.tensor,
     length: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -112,7 +112,7 @@ def project_kernel(
     """One program: BLOCK_N channels, one split of K, 16 columns or the whole window."""
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = (w_ptr, stride_w, n, n < N)
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     epilogue = (
         bias_ptr, norm_ptr, residual_ptr, stride_residual, out_ptr, scaled_ptr, stride_out, sumsq_ptr, N
@@ -137,7 +137,7 @@ def plan(
     workspace: Workspace,
     config: ProjectionConfig,
     *,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """The launch of a projection onto the residual stream.
 
@@ -153,7 +153,7 @@ def plan(
         sumsq: [ceil(C / 64), 64] float32, contiguous; columns T and later are left alone.
         workspace: of at least `partial_elements(C, ...)` and `counter_elements(C, ...)`.
         config: `projection_config("project", ...)`; its block_n must be a multiple of 64.
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -192,7 +192,7 @@ def plan(
             sumsq,
             workspace.partials,
             workspace.counters,
-            live_word(live, device),
+            active_flag(active, device),
             length,
             channels,
             width,

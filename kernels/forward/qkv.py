@@ -33,9 +33,9 @@ from pyramid_rt.kernels.launch import (
     CHANNELS,
     DTYPES,
     Launch,
+    active_flag,
     check_length,
     check_tensor,
-    live_word,
     runner,
     tiles,
 )
@@ -99,7 +99,7 @@ def _store(
 
 
 # The window's length stays a run-time value: one binary serves every T.
-@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["start_ptr", "live_ptr"])
+@triton.jit(do_not_specialize=["length", "eps"], do_not_specialize_on_alignment=["start_ptr", "active_ptr"])
 def qkv_kernel(
     x_ptr: tl.tensor,
     stride_x: tl.tensor,
@@ -119,7 +119,7 @@ def qkv_kernel(
     stride_v_row: tl.tensor,
     partials_ptr: tl.tensor,
     counters_ptr: tl.tensor,
-    live_ptr: tl.tensor,
+    active_ptr: tl.tensor,
     length: tl.tensor,
     K: tl.tensor,
     HEADS: tl.constexpr,
@@ -142,7 +142,7 @@ def qkv_kernel(
     pair = n // 2
     row = ((pair // HALF) * HEAD_DIM + pair % HALF + (n % 2) * HALF).to(tl.int64)
     weights = (w_ptr, stride_w, row, n < (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    if tl.load(live_ptr) == 0:
+    if tl.load(active_ptr) == 0:
         return
     k_cache = (k_ptr, stride_k_head, stride_k_row)
     v_cache = (v_ptr, stride_v_head, stride_v_row)
@@ -169,7 +169,7 @@ def plan(
     workspace: Workspace,
     config: ProjectionConfig,
     *,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Launch:
     """The launch of a normalised Q, K, V projection with rotation and cache write.
 
@@ -187,7 +187,7 @@ def plan(
         k_cache, v_cache: [KV, S, D] dtype; only rows start .. start + T - 1 are written.
         workspace: of at least `partial_elements((H + 2 KV) D, ...)` and `counter_elements(...)`.
         config: `projection_config("qkv", ...)`.
-        live: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
+        active: 0-d int64, read on the device: 0 and the launch does nothing. None: it always runs.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -236,7 +236,7 @@ def plan(
             v_cache.stride(1),
             workspace.partials,
             workspace.counters,
-            live_word(live, device),
+            active_flag(active, device),
             length,
             width,
         ),

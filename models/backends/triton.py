@@ -40,14 +40,14 @@ class TritonWindow:
         length: T, 1 to 64.
         kv_bound: cache rows that attention's grid covers.
         rotary: the whole table.
-        live: 0-d int64: where it is 0, every launch of the pass returns at once. None: it always runs.
+        active: 0-d int64: where it is 0, every launch of the pass returns at once. None: it always runs.
     """
 
     start: Tensor
     length: int
     kv_bound: int
     rotary: Tensor
-    live: Tensor | None = None
+    active: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class TritonBackend:
         """See `Backend`."""
         b = self.buffers
         launch = embed.plan(
-            table, tokens, norm, window.length, b.stream, b.scaled, b.squares, live=window.live
+            table, tokens, norm, window.length, b.stream, b.scaled, b.squares, active=window.active
         )
         self.emit(launch)
         return b.stream
@@ -221,7 +221,15 @@ class TritonBackend:
         """`embed` of the window's part of the token buffer [max_seq + 64]."""
         b = self.buffers
         launch = embed.plan(
-            table, tokens, norm, window.length, b.stream, b.scaled, b.squares, window.start, live=window.live
+            table,
+            tokens,
+            norm,
+            window.length,
+            b.stream,
+            b.scaled,
+            b.squares,
+            window.start,
+            active=window.active,
         )
         self.emit(launch)
 
@@ -240,7 +248,7 @@ class TritonBackend:
         b, rotary, start, length = self.buffers, window.rotary, window.start, window.length
         launch = qkv.plan(
             b.scaled, b.squares, eps, weight.operand, bias, rotary, start, length, b.q, k_cache, v_cache, b.products,
-            self.configs.qkv, live=window.live,
+            self.configs.qkv, active=window.active,
         )  # fmt: skip
         self.emit(launch)
         return b.q
@@ -259,7 +267,7 @@ class TritonBackend:
                 length=window.length,
                 kv_bound=window.kv_bound,
                 config=self.configs.attention,
-                live=window.live,
+                active=window.active,
             )
         )
         return b.attended
@@ -278,7 +286,7 @@ class TritonBackend:
         cut = self.configs.down if x is b.inner else self.configs.out
         launch = project.plan(
             x, weight.operand, bias, residual, norm, window.length, residual, b.scaled, b.squares, b.products, cut,
-            live=window.live,
+            active=window.active,
         )  # fmt: skip
         self.emit(launch)
         return residual
@@ -299,7 +307,7 @@ class TritonBackend:
                 b.inner,
                 b.products,
                 self.configs.gate_up,
-                live=window.live,
+                active=window.active,
             )
         )
         return b.inner
@@ -329,13 +337,13 @@ class TritonBackend:
         eps: float,
         weight: Matrix,
         out: HeadOutputs,
-        live: Tensor | None,
+        active: Tensor | None,
     ) -> None:
         """`head` of rows that the device places, with the statistics that sampling needs."""
         b, cut = self.buffers, self.configs.head
         launch = head.plan(
             b.scaled, b.squares, eps, weight.operand, placement, out.vocab_size, out.rows, out.statistics,
-            out.noise, cut, live=live,
+            out.noise, cut, active=active,
         )  # fmt: skip
         self.emit(launch)
 
@@ -366,7 +374,7 @@ def plan_pass(
     kv_bound: int,
     placement: Placement | None,
     outputs: HeadOutputs,
-    live: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> list[Launch]:
     """The launches of a pass over tokens[start : start + width] of the token buffer, none of them run.
 
@@ -381,7 +389,7 @@ def plan_pass(
         placement: which rows get logits, and where they go; its `start` is `start`. None: only the cache is
             written.
         outputs: the buffers.
-        live: 0-d int64. Where it is 0 when the list is run, its launches return at once and write nothing. None:
+        active: 0-d int64. Where it is 0 when the list is run, its launches return at once and write nothing. None:
             they always run.
     """
     backend = model.backend
@@ -389,11 +397,11 @@ def plan_pass(
     launches: list[Launch] = []
     recorder = backend.recorded(launches)
     group = model.config.num_heads // model.config.num_kv_heads
-    window = replace(recorder.window(model.rotary, start, width, kv_bound, group), live=live)
+    window = replace(recorder.window(model.rotary, start, width, kv_bound, group), active=active)
     recorder.embed_placed(model.embedding, tokens, model.layers[0].attn_norm, window)
     run_layers(model, cache, recorder, backend.buffers.stream, window, placement is None)
     if placement is not None:
-        recorder.head_placed(placement, model.config.rms_norm_eps, model.head, outputs, live)
+        recorder.head_placed(placement, model.config.rms_norm_eps, model.head, outputs, active)
     return launches
 
 

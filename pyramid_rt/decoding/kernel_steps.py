@@ -29,7 +29,7 @@ from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceForward, DeviceTier, Runnable
 from pyramid_rt.kernels.decide import decision, sample
 from pyramid_rt.kernels.decide import filters as filter_kernels
-from pyramid_rt.kernels.decide.decode_state import END, DecodeState, base_at, cached_at, live_at
+from pyramid_rt.kernels.decide.decode_state import END, DecodeState, active_at, base_at, cached_at
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.kernels.limits import WINDOW
 
@@ -139,7 +139,7 @@ class KernelSteps:
     def forward(self, level: int, decided: Tensor, width: int, count: int) -> None:
         """Write down a forward pass of a tier from its cached length on; skipped where its round has ended."""
         start = self.decode_state.word(cached_at(level))
-        active = self.decode_state.word(live_at(self.plan.tiers, level))
+        active = self.decode_state.word(active_at(self.plan.tiers, level))
         self.run_tier(self.request(level, start, decided, width, count, self.kv_bound, active), level)
 
     def request(

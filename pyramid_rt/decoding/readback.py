@@ -67,9 +67,11 @@ class RoundReader:
         self._launch: Runnable | None = None
         if state.decode_state is not None:
             # Triton, which the kernels need, is not everywhere.
-            from pyramid_rt.kernels.decide import readback as report
+            from pyramid_rt.kernels.decide import readback
 
-            self._launch = report.plan(state.decode_state, self.reported, self._numbers, plan.longest_commit)
+            self._launch = readback.plan(
+                state.decode_state, self.reported, self._numbers, plan.longest_commit
+            )
 
     @property
     def posted(self) -> int:

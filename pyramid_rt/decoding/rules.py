@@ -182,7 +182,7 @@ class Fuzzy:
     Attributes:
         threshold: nats (total variation for `tv`); a token stands when divergence <= threshold. Thresholds are
             not comparable between kinds of divergence: `js` is at most ln 2, `js_fsd` and `kl` have no bound.
-        divergence: one of `kernels.sampling_reference.DIVERGENCES`.
+        divergence: one of `kernels.reference.sampling.DIVERGENCES`.
         divergence_on: "raw" compares raw logits at temperature 1, "processed" compares after processing.
         or_match: the token also stands when it is the verifying tier's own token.
     """

@@ -152,7 +152,7 @@ class ModelTier:
                 request.statistics,
                 Noise(request.seed, None, request.temperature),
             ),
-            live=request.active,
+            active=request.active,
         )
 
     def reset(self) -> None:

@@ -216,7 +216,7 @@ def test_draws_pass_and_their_faults_are_found(
 @cpu_only
 @pytest.mark.parametrize("at", [0, 2, 10, 40])
 def test_a_wrong_report_is_found(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = decided("report", VOCAB, tiers=3)
+    case = decided("readback", VOCAB, tiers=3)
     assert failed(case, 5) == ""
     start = Report.start
 
@@ -300,7 +300,7 @@ def test_a_timed_decision_is_the_same_in_every_call(op: str) -> None:
     assert found[0] == found[1] == found[2] == found[3]
     token = int(work.peers(length)["torch steps"][0]().flatten()[-1])
     end = found[0]["control"][0]
-    if op == "report":
+    if op == "readback":
         peer = work.decision(length)()
         # Tokens aside: the kernel's begin where its last report ended.
         assert peer[1 : -work.most].tolist() == work.numbers.tolist()[1 : -work.most]
@@ -372,7 +372,7 @@ def test_goals_count_the_slowest_rule_and_an_h100_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "dropped"), [("thresholds", {"filtered", "reject"}), ("decide", {"decide", "match", "filtered"})]
+    ("bad", "dropped"), [("filters", {"filtered", "reject"}), ("decide", {"decide", "match", "filtered"})]
 )
 def test_a_wrong_kernel_is_not_compared_with_torch(bad: str, dropped: set[str]) -> None:
     rows: list[Row] = [{"kind": "check", "op": bad, "ok": False, "message": "wrong"}]

@@ -264,9 +264,9 @@ def launches(stages: Sequence[Stage]) -> list[str]:
     [
         ((Match(), Match()), False, {"sample": 4, "decide": 3}),
         ((Fuzzy(0.1, or_match=True), Match()), False, {"sample": 4, "decide": 3}),
-        ((Fuzzy(0.1), Rejection()), False, {"sample": 4, "decide": 2, "reject": 1, "thresholds": 3}),
-        ((Fuzzy(0.1, "js", "processed"), Match()), False, {"sample": 4, "decide": 3, "thresholds": 2}),
-        ((Match(), Match()), True, {"sample": 4, "decide": 3, "thresholds": 7}),
+        ((Fuzzy(0.1), Rejection()), False, {"sample": 4, "decide": 2, "reject": 1, "filters": 3}),
+        ((Fuzzy(0.1, "js", "processed"), Match()), False, {"sample": 4, "decide": 3, "filters": 2}),
+        ((Match(), Match()), True, {"sample": 4, "decide": 3, "filters": 7}),
     ],
     ids=str,
 )

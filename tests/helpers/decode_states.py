@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.device_tables import leave_rows
 from helpers.oracle import DEVICE
-from pyramid_rt.kernels.decide.decode_state import DecodeState, bad_at, base_at, cached_at, live_at
+from pyramid_rt.kernels.decide.decode_state import DecodeState, active_at, bad_at, base_at, cached_at
 
 BASE = 10  # where the outer round and the proposal begin, unless a test says otherwise
 SEED = 0xFEDC_BA98_7654_3210
@@ -53,7 +53,7 @@ def open_verify(
     state.control[0], state.control[1] = end, limit
     for tier in range(tiers):
         state.control[base_at(tiers, tier)] = BASE if tier >= level else base
-        state.control[live_at(tiers, tier)] = 1
+        state.control[active_at(tiers, tier)] = 1
         state.control[cached_at(tier)] = end - 1 if tier < level else base - 1
     state.source[base - BASE : end - BASE] = level - 1
 
@@ -80,6 +80,6 @@ def control_of(state: DecodeState) -> dict[str, object]:
         "ended": bool(state.ended),
         "cached": words[cached_at(0) : cached_at(n)],
         "base": words[base_at(n, 0) : base_at(n, 0) + n],
-        "live": words[live_at(n, 0) : live_at(n, 0) + n],
+        "active": words[active_at(n, 0) : active_at(n, 0) + n],
         "bad": words[bad_at(n) :],
     }

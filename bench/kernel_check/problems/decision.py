@@ -17,9 +17,8 @@ from bench.kernel_check.problems import oracle
 from bench.kernel_check.problems import oracle_decision as decided
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.decode_state import BASE, FAR
-from pyramid_rt.kernels.decide import decision, sample
-from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide import readback as report
+from pyramid_rt.kernels.decide import decision, readback, sample
+from pyramid_rt.kernels.decide import filters as filter_kernels
 from pyramid_rt.kernels.decide.decode_state import COUNTERS, END, LIMIT, DecodeState
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.kernels.limits import WINDOW
@@ -76,7 +75,7 @@ class _OnBoard:
 
 
 class Verify(_OnBoard):
-    """`kernels.decision`, `rejection` and `thresholds`.
+    """`kernels.decide`: `decision`, `rejection` and `filters`.
 
     Sizes: vocab, rule (of `decision.RULES`), heat (temperature in tenths); optional tiers, level, kind (of
     `DIVERGENCES`), processed, filters (of `gpu_board.FILTERS`), mode, cut.
@@ -162,7 +161,9 @@ class Verify(_OnBoard):
         if self.stored:
             for level in range(1, self.level + 1):
                 below = level == 1 and not filters
-                made.append(thresholds.plan(state, level, count, draw=False, filters=filters, below=below))
+                made.append(
+                    filter_kernels.plan(state, level, count, draw=False, filters=filters, below=below)
+                )
         made.append(
             decision.plan(
                 state,
@@ -259,7 +260,7 @@ class Verify(_OnBoard):
 
 
 class Draw(_OnBoard):
-    """`kernels.sample`, with `thresholds` where filters are on. Sizes: vocab, heat; filters, first, cut optional.
+    """`kernels.decide.sample`, with `filters` where filters are on. Sizes: vocab, heat; filters, first, cut optional.
 
     The token of row T - 1 is drawn. `first` is the target's after a prompt. A cut: `stop corrects` (the token drawn
     is a stop token), `stop stands` (the sequence has ended), `limit`.
@@ -281,7 +282,7 @@ class Draw(_OnBoard):
         """One, or two with filters."""
         made, filters = list[Launch](), bool(self.filters)
         if filters:
-            made.append(thresholds.plan(self.state, self.level, 1, draw=True, filters=True))
+            made.append(filter_kernels.plan(self.state, self.level, 1, draw=True, filters=True))
         return [*made, sample.plan(self.state, self.level, first=self.first, stored=filters)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
@@ -315,7 +316,7 @@ class Draw(_OnBoard):
         return found | self.differences(expected)
 
     def _stored(self, row: slice, winner: Tensor) -> dict[str, float]:
-        """The row's results of `thresholds`, as if it were a decode state's first."""
+        """The row's results of `filters`, as if it were a decode state's first."""
         state = self.state
         one = decode_states.make_decode_state(Place(state.rows.device, 80), self.vocab, 1)
         decode_states.request(one, temperature=self.heat, filters=self.filters)
@@ -326,7 +327,7 @@ class Draw(_OnBoard):
 
 
 class Report(_OnBoard):
-    """`kernels.report`. Sizes: vocab, tiers. T tokens are new; the last report may stand at the buffer's end."""
+    """`kernels.decide.readback`. Sizes: vocab, tiers. T tokens are new; the last report may stand at the buffer's end."""
 
     MOST = 20
 
@@ -341,7 +342,7 @@ class Report(_OnBoard):
 
     def launches(self, length: int) -> list[Launch]:
         """One."""
-        return [report.plan(self.state, self.reported, self.numbers, self.MOST)]
+        return [readback.plan(self.state, self.reported, self.numbers, self.MOST)]
 
     def place(self, first: int, length: int, *, hide: bool) -> None:
         """Distinct numbers everywhere; every other window ends where the buffer does."""

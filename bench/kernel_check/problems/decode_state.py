@@ -19,10 +19,10 @@ from pyramid_rt.kernels.decide.decode_state import (
     LIMIT,
     TILE,
     DecodeState,
+    active_at,
     bad_at,
     base_at,
     cached_at,
-    live_at,
 )
 from pyramid_rt.kernels.limits import NO_POSITION, WINDOW
 from pyramid_rt.kernels.reference import sampling as ops
@@ -120,7 +120,7 @@ def open_verify(
     words = [0] * state.control.shape[0]
     words[END], words[LIMIT] = BASE + count, limit
     for tier in range(tiers):
-        words[base_at(tiers, tier)], words[live_at(tiers, tier)] = BASE, 1
+        words[base_at(tiers, tier)], words[active_at(tiers, tier)] = BASE, 1
         words[cached_at(tier)] = BASE + count - 1 if tier < level else BASE - 1
         words[bad_at(tiers, tier)] = NO_POSITION
     state.control.copy_(torch.tensor(words))

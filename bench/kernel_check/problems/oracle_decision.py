@@ -17,10 +17,10 @@ from pyramid_rt.kernels.decide.decode_state import (
     END,
     LIMIT,
     DecodeState,
+    active_at,
     bad_at,
     base_at,
     cached_at,
-    live_at,
 )
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -182,11 +182,11 @@ class Sequel:
 
 def mark(control: list[int], tiers: int, top: int, end: int, ended: bool) -> None:
     """Open the next round at tier `top`, in place; no bound on a proposal's tokens."""
-    live = end < control[LIMIT] and not ended
+    active = end < control[LIMIT] and not ended
     if top < tiers - 1:
-        live = live and control[live_at(tiers, top + 1)] != 0
+        active = active and control[active_at(tiers, top + 1)] != 0
     for level in range(top + 1):
-        control[live_at(tiers, level)] = int(live)
+        control[active_at(tiers, level)] = int(active)
         if level < top or top == tiers - 1:
             control[base_at(tiers, level)] = end
 
@@ -245,8 +245,8 @@ def after_draw(
     counters, source = [list(row) for row in before.counters], list(before.source)
     end, ended = control[END], before.ended
     outer = control[base_at(tiers, tiers - 1)]
-    live = first or control[live_at(tiers, 0)] != 0
-    if live and end < control[LIMIT] and not ended:
+    active = first or control[active_at(tiers, 0)] != 0
+    if active and end < control[LIMIT] and not ended:
         tokens[end], source[end - outer], control[cached_at(level)] = token, level, end
         if not first:
             origin[end] = level
@@ -254,7 +254,7 @@ def after_draw(
         ended, end = stops[token], end + 1
         control[END] = end
         if not first and tiers > 1:
-            control[live_at(tiers, 0)] = int(end < control[LIMIT] and not ended)
+            control[active_at(tiers, 0)] = int(end < control[LIMIT] and not ended)
     if first or tiers == 1:
         mark(control, tiers, tiers - 1, end, ended)
     return Sequel(control, ended, tokens, origin, counters, source)

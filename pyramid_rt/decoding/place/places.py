@@ -17,7 +17,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from pyramid_rt.decoding.place.neutral import neutral_settings
-from pyramid_rt.decoding.place.threads import intra_op_threads, wait_briefly
+from pyramid_rt.decoding.place.threads import intra_op_threads
+from pyramid_rt.decoding.place.waiting import waits_for
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,8 +100,7 @@ class HostPlace:
         self.device, self.threads = device, threads
         self._lock = threading.RLock()
         self._depth = 0
-        if threads is not None:
-            wait_briefly(threads)
+        self._waits = waits_for(threads)
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -141,6 +141,8 @@ class HostPlace:
         """The context around the outermost entry."""
         stack.enter_context(neutral_settings(self.device.type))
         stack.enter_context(intra_op_threads(self.threads))
+        if self._waits is not None and self.threads is not None:
+            stack.enter_context(self._waits.watched(self.threads))
 
 
 class CudaPlace(HostPlace):

@@ -1,21 +1,13 @@
-"""Threads of one operation on a CPU: how many, for how long they spin, and nobody else's setting touched.
+"""Threads of one operation on a CPU: how many, and nobody else's setting touched.
 
 OpenMP keeps the number of threads per calling thread, so it can be set for the runtime's own work alone;
 `torch.set_num_threads` besides changes what every thread that is new to torch begins with.
-
-GNU OpenMP, which torch's wheels for Linux bring along, lets a thread that waits for work spin for milliseconds.
-Beside one other busy process the waiting threads then hold the very CPU that the last thread of the operation needs.
-Its spin count can only be set by variables that are read when the library is loaded; but where it counts more threads
-than CPUs it lets them spin some microseconds only and then sleep (GOMP_SPINCOUNT in its manual). An idle second team
-makes it count so: see `wait_briefly`.
 """
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,13 +21,7 @@ from pyramid_rt.errors import InputError
 
 # Below this many bytes of weights, a token's matrices are so small that dividing one saves no more than waking a
 # sleeping thread for it costs, some ten microseconds. A fixed figure: two runs on one machine take the same path.
-ONE_THREAD_BYTES = 2**26
-_SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-# torch divides elementwise work into parts of 2^15 elements.
-_ENOUGH_FOR_A_TEAM = 2**18
-
-_team_lock = threading.Lock()
-_team_started = False
+ONE_THREAD_BYTES = 2**20
 
 
 def check_threads(threads: Any) -> int | None:
@@ -68,53 +54,24 @@ def intra_op_threads(count: int | None) -> Iterator[None]:
     if count is None or count == before:
         yield
         return
-    openmp = _openmp()
-    if openmp is None:
+    library = openmp()
+    if library is None:
         torch.set_num_threads(count)
         try:
             yield
         finally:
             torch.set_num_threads(before)
         return
-    openmp.omp_set_num_threads(count)
+    library.omp_set_num_threads(count)
     mkl = (
         None if _mkl() is None else _mkl()(count)
     )  # what a thread told MKL by torch stands above OpenMP's number
     try:
         yield
     finally:
-        openmp.omp_set_num_threads(before)
+        library.omp_set_num_threads(before)
         if mkl is not None:
             _mkl()(mkl)
-
-
-def wait_briefly(count: int) -> bool:
-    """Let OpenMP's threads of this process sleep soon when they wait; whether that is arranged, for `count` threads.
-
-    Nothing is done for one thread, which waits for nobody; where the user has set how long threads spin; or where
-    OpenMP is not GNU's. What is done lasts as long as the process: a team of threads that sleep.
-    """
-    global _team_started
-    openmp = _openmp()
-    if count < 2 or openmp is None or not _is_gnu() or any(name in os.environ for name in _SPIN_VARIABLES):
-        return False
-    with _team_lock:
-        if not _team_started:
-            ready = threading.Event()
-            # Not a `threading.Thread`: an application that counts its threads should not find one more.
-            _thread.start_new_thread(_keep_a_team, (openmp, max(2, available_cpus() + 2 - count), ready))
-            ready.wait()
-            _team_started = True
-    return True
-
-
-def _keep_a_team(openmp: Any, threads: int, ready: threading.Event) -> None:
-    """Run one parallel operation, which makes the team, and stay, so that it stays too."""
-    torch.get_num_threads()
-    openmp.omp_set_num_threads(threads)
-    torch.ones(_ENOUGH_FOR_A_TEAM, dtype=torch.float32, device="cpu").add_(1)
-    ready.set()
-    threading.Event().wait()
 
 
 @cache
@@ -131,7 +88,7 @@ def _torch_library() -> Any:
 
 
 @cache
-def _openmp() -> Any:
+def openmp() -> Any:
     """The OpenMP that torch runs on; None where its functions cannot be called from here."""
     library = _torch_library()
     if library is None or not hasattr(library, "omp_set_num_threads"):
@@ -152,7 +109,7 @@ def _mkl() -> Any:
     return function
 
 
-def _is_gnu() -> bool:
+def is_gnu() -> bool:
     """True where that OpenMP is GNU's; others bring its entry points too, and names of their own."""
     library = _torch_library()
     return hasattr(library, "GOMP_parallel") and not hasattr(library, "kmp_set_blocktime")

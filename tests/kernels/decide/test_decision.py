@@ -13,8 +13,8 @@ from helpers.oracle import DEVICE
 from torch import Tensor
 
 from pyramid_rt.kernels.decide import decision
-from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide.decode_state import DecodeState, live_at
+from pyramid_rt.kernels.decide import filters as filter_kernels
+from pyramid_rt.kernels.decide.decode_state import DecodeState, active_at
 from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -89,7 +89,7 @@ class Case:
 
 def run(state: DecodeState, count: int, rule: str, kind: str = "js") -> None:
     if rule == "rejection":
-        thresholds.plan(state, 1, count, draw=False, filters=False, below=True).run()
+        filter_kernels.plan(state, 1, count, draw=False, filters=False, below=True).run()
     decision.plan(state, 1, count, rule, kind=kind, stored=rule == "rejection").run()  # type: ignore[arg-type]
     assert not state.arrivals.any()
 
@@ -114,7 +114,7 @@ def check(state: DecodeState, case: Case, rule: str, kind: str = "js", *, before
     assert found["cached"] == [min(BASE + m - 1, position), position]
     assert found["bad"] == [NO_POSITION] * 2
     # The next outer round is open.
-    assert (found["base"], found["live"]) == ([position + 1] * 2, [1, 1])
+    assert (found["base"], found["active"]) == ([position + 1] * 2, [1, 1])
     differs = sum(a != b for a, b in zip(case.tokens[:accepted], case.own(), strict=False))
     lossy = rule.startswith("fuzzy")
     counters = [m, accepted, differs if lossy else 0, int(accepted == m), 1, before, 0]
@@ -189,7 +189,7 @@ def test_residual_of_a_token_that_tier_0_drew_at_a_fuzzy_tier() -> None:
         open_verify(state, tokens, level=2)
         state.source[:2] = torch.tensor([0, 1], device=DEVICE)
         for level in (1, 2):
-            thresholds.plan(state, level, 3, draw=False, filters=False, below=True).run()
+            filter_kernels.plan(state, level, 3, draw=False, filters=False, below=True).run()
         decision.plan(state, 2, 3, "rejection", stored=True).run()
         case = Case(p, torch.stack((r[0], q[1])), tokens, 1.0, state.seed.cpu())
         words = ops.random_words(case.seed, case.positions[:2], ops.PURPOSE_ACCEPT, 1, 1)
@@ -219,7 +219,7 @@ def test_a_stop_token_that_stands_takes_no_bonus(rule: str) -> None:
     state.stop_mask[case.tokens[2]] = True
     run(state, 4, rule)
     found = control_of(state)
-    assert (found["end"], found["ended"], found["live"]) == (BASE + 3, True, [0, 0])
+    assert (found["end"], found["ended"], found["active"]) == (BASE + 3, True, [0, 0])
     assert state.counters[0].tolist() == [3, 3, 0, 1, 0, 1, 0]
     assert found["cached"] == [BASE + 2, BASE + 3]
 
@@ -244,7 +244,7 @@ def test_the_limit_takes_the_bonus_but_not_a_correction() -> None:
     state = case.state(4, limit=BASE + 3)
     run(state, 4, "match")
     found = control_of(state)
-    assert (found["end"], found["ended"], found["live"]) == (BASE + 3, False, [0, 0])
+    assert (found["end"], found["ended"], found["active"]) == (BASE + 3, False, [0, 0])
     case.tokens[2] = (case.tokens[2] + 1) % VOCAB
     state = case.state(4, limit=BASE + 3)
     run(state, 4, "match")
@@ -256,7 +256,7 @@ def test_the_limit_takes_the_bonus_but_not_a_correction() -> None:
 def test_an_inactive_verify_changes_nothing(rule: str) -> None:
     case = random_case(3, 3)
     state = case.state(4)
-    state.control[live_at(2, 1)] = 0
+    state.control[active_at(2, 1)] = 0
     before = [tensor.clone() for tensor in (state.control, state.tokens, state.origin, state.counters)]
     run(state, 4, rule)
     after = [state.control.clone(), state.tokens, state.origin, state.counters]
@@ -285,7 +285,7 @@ def test_rows_that_cannot_be_decided_are_reported(rule: str, value: float) -> No
 def test_an_inner_verify_opens_the_next_inner_round() -> None:
     case = random_case(3, 3)
     case.tokens = case.own()[:3]
-    for until, live in ((None, 1), (5, 1), (4, 0)):
+    for until, active in ((None, 1), (5, 1), (4, 0)):
         state = make_decode_state(VOCAB, 4, tiers=3)
         state.seed.copy_(case.seed)
         put_rows(state, 1, case.p)
@@ -294,7 +294,7 @@ def test_an_inner_verify_opens_the_next_inner_round() -> None:
         found = control_of(state)
         end = BASE + 4
         # Four tokens of the second tier's proposal stand now; the outer round goes on where it began.
-        assert (found["end"], found["base"], found["live"]) == (end, [end, BASE, BASE], [live, live, 1])
+        assert (found["end"], found["base"], found["active"]) == (end, [end, BASE, BASE], [active, active, 1])
         assert state.source[:4].tolist() == [1] * 4
 
 

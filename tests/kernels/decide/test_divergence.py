@@ -11,7 +11,7 @@ from helpers.equality import assert_equal_tensors, assert_everywhere
 from torch import Tensor
 
 from pyramid_rt.kernels.decide import decision
-from pyramid_rt.kernels.decide import filters as thresholds
+from pyramid_rt.kernels.decide import filters as filter_kernels
 from pyramid_rt.kernels.decide.decode_state import DecodeState
 from pyramid_rt.kernels.reference import sampling as ops
 
@@ -84,15 +84,15 @@ def test_processed_divergences(kind: str, filters: bool) -> None:
         state.top_p.fill_(0.97)
         open_verify(state, [0] * 3)
         # As after an inner round: the tier below has its own thresholds.
-        thresholds.plan(state, 1, 4, draw=False, filters=True).run()
+        filter_kernels.plan(state, 1, 4, draw=False, filters=True).run()
         swapped = verify_board(q, p)
         swapped.top_k.copy_(state.top_k)
         swapped.top_p.copy_(state.top_p)
-        thresholds.plan(swapped, 1, 4, draw=False, filters=True).run()
+        filter_kernels.plan(swapped, 1, 4, draw=False, filters=True).run()
         for name in ("normaliser", "cut", "own"):
             getattr(state, name)[0] = getattr(swapped, name)[1]
     else:
-        thresholds.plan(state, 1, 4, draw=False, filters=False, below=True).run()
+        filter_kernels.plan(state, 1, 4, draw=False, filters=False, below=True).run()
     found = distances(state, 3, kind, processed=True)
     cpu = [value.cpu() for value in (state.temperature, state.top_k, state.top_p, state.min_p)]
     assert found[0] == 0.0
@@ -105,7 +105,7 @@ def test_temperature_0_compares_one_hot_rows(kind: str) -> None:
     p, q = random_rows(2, 101, seed=1), random_rows(2, 101, seed=2)
     q[1, p[1].argmax()] = 99.0
     state = verify_board(p, q, temperature=0.0)
-    thresholds.plan(state, 1, 3, draw=False, filters=False, below=True).run()
+    filter_kernels.plan(state, 1, 3, draw=False, filters=False, below=True).run()
     found = distances(state, 2, kind, processed=True)
     apart = {"js": math.log(2), "topk_js": math.log(2), "tv": 1.0}.get(kind, math.inf)
     assert found.tolist() == [pytest.approx(apart), 0.0]

@@ -10,8 +10,8 @@ from helpers.decode_states import BASE, make_decode_state, open_verify, put_rows
 from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.oracle import DEVICE
 
-from pyramid_rt.kernels.decide import filters as thresholds
-from pyramid_rt.kernels.decide.decode_state import DecodeState, live_at
+from pyramid_rt.kernels.decide import filters as filter_kernels
+from pyramid_rt.kernels.decide.decode_state import DecodeState, active_at
 from pyramid_rt.kernels.reference import sampling as ops
 
 # Values of top_k, top_p, min_p, as a request may set them together.
@@ -81,7 +81,7 @@ def test_filters_are_those_of_the_reference(
 ) -> None:
     rows = rows_of_all_kinds(vocab)
     state = with_filters(vocab, rows, temperature, values)
-    thresholds.plan(state, 1, 4, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 4, draw=False, filters=True).run()
     check(state, rows, filters=True)
 
 
@@ -89,14 +89,14 @@ def test_filters_are_those_of_the_reference(
 def test_rows_of_more_than_one_share(values: tuple[int, float, float]) -> None:
     rows = random_rows(1, 4801, seed=3)
     state = with_filters(4801, rows, 0.8, values)
-    thresholds.plan(state, 1, 1, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 1, draw=False, filters=True).run()
     check(state, rows, filters=True)
 
 
 def test_a_vocabulary_of_49152() -> None:
     rows = random_rows(1, 49152, seed=9)
     state = with_filters(49152, rows, 0.5, (20, 0.9, 0.0))
-    thresholds.plan(state, 1, 1, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 1, draw=False, filters=True).run()
     check(state, rows, filters=True)
     # Only what is near the top was listed.
     assert int(state.amounts[0].sum()) < 200
@@ -109,7 +109,7 @@ def test_without_filters_only_the_sum_is_taken(vocab: int) -> None:
     put_rows(state, 1, rows)
     put_rows(state, 0, rows.flip(-1))
     open_verify(state, [1])
-    thresholds.plan(state, 1, 2, draw=False, filters=False, below=True).run()
+    filter_kernels.plan(state, 1, 2, draw=False, filters=False, below=True).run()
     check(state, rows, filters=False)
     below = (rows[0].flip(-1) / 1.4).double().logsumexp(-1)
     assert float(state.normaliser[0, 0]) == pytest.approx(float(below), abs=2e-6)
@@ -121,7 +121,7 @@ def test_a_short_proposal_leaves_the_later_rows_below_alone() -> None:
     for level in range(2):
         put_rows(state, level, random_rows(3, 101, seed=level))
     open_verify(state, [1])
-    thresholds.plan(state, 1, 3, draw=False, filters=False, below=True).run()
+    filter_kernels.plan(state, 1, 3, draw=False, filters=False, below=True).run()
     assert state.normaliser[0, :3].isnan().tolist() == [False, True, True]
     assert state.normaliser[1, :3].isnan().tolist() == [False, False, True]
 
@@ -132,7 +132,7 @@ def test_the_unfiltered_winner_may_fall() -> None:
     rows[0, 40] = 1e-3
     state = with_filters(101, rows, 1.0, (1, 1.0, 0.0))
     assert int(state.statistics.token[1, 0][state.statistics.best[1, 0].argmax()]) != 40
-    thresholds.plan(state, 1, 1, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 1, draw=False, filters=True).run()
     assert int(state.own[1, 0]) == 40
 
 
@@ -140,7 +140,7 @@ def test_temperature_0_in_the_same_binary() -> None:
     rows = rows_of_all_kinds(101)
     rows[0, 17] = rows[0, 60] = 50.0
     state = with_filters(101, rows, 0.0, (3, 0.5, 0.0))
-    thresholds.plan(state, 1, 4, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 4, draw=False, filters=True).run()
     assert state.own[1, :4].tolist() == rows.argmax(-1).tolist()
     assert int(state.own[1, 0]) == 17
 
@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_decided(value: float) -> None:
     rows[0] = value if value == -math.inf else rows[0]
     rows[0, 70] = value
     state = with_filters(101, rows, 1.0, (3, 0.9, 0.0))
-    thresholds.plan(state, 1, 2, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 2, draw=False, filters=True).run()
     assert state.non_finite[1, :2].tolist() == [1, 0]
     assert 0 <= int(state.own[1, 0]) < 101
 
@@ -161,7 +161,7 @@ def test_rows_past_the_proposal_are_left_alone() -> None:
     rows = random_rows(3, 101, seed=4)
     state = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
     open_verify(state, [5])
-    thresholds.plan(state, 1, 3, draw=False, filters=True).run()
+    filter_kernels.plan(state, 1, 3, draw=False, filters=True).run()
     assert_everywhere(state.own[1, :2] >= 0, state.own[1, :2])
     assert_everywhere(state.own[1, 2:] < 0, state.own[1, 2:])
 
@@ -171,15 +171,15 @@ def test_inactive_verifies_and_draws_are_left_alone(level: int) -> None:
     rows = random_rows(3, 101, seed=4)
     state = with_filters(101, rows, 1.0, (3, 1.0, 0.0))
     put_rows(state, 0, rows)
-    launch = thresholds.plan(state, level, 1, draw=level == 0, filters=True)
+    launch = filter_kernels.plan(state, level, 1, draw=level == 0, filters=True)
     if level == 1:
-        launch = thresholds.plan(state, level, 3, draw=False, filters=True)
-    state.control[live_at(2, level)] = 0
+        launch = filter_kernels.plan(state, level, 3, draw=False, filters=True)
+    state.control[active_at(2, level)] = 0
     launch.run()
     assert_everywhere(state.own < 0, state.own)
     assert_everywhere(state.normaliser.isnan(), state.normaliser)
     assert not state.arrivals.any()
-    state.control[live_at(2, level)] = 1
+    state.control[active_at(2, level)] = 1
     launch.run()
     assert (state.own[level] >= 0).any()
 
@@ -200,4 +200,4 @@ def test_refuses(argument: str, change: dict[str, object]) -> None:
         "state": make_decode_state(101, 3), "level": 1, "count": 3, "draw": False, "filters": True,
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"^{argument} "):
-        thresholds.plan(**(arguments | change))  # type: ignore[arg-type]
+        filter_kernels.plan(**(arguments | change))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pyramid_rt import Fuzzy, Match
 from pyramid_rt.decoding.place import place_for
 from pyramid_rt.decoding.readback import RoundReader
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.kernels.decide import readback as report
+from pyramid_rt.kernels.decide import readback
 
 PLAN = RoundPlan((Fuzzy(0.2), Match()), (3, 5), 2, host_control=False, sampled=True, filters=False)
 MAX_SEQ = 40
@@ -92,4 +92,4 @@ def test_refuses(argument: str, change: dict[str, Any]) -> None:
         "most": 4,
     }
     with pytest.raises(ValueError, match=f"^{argument} "):
-        report.plan(**(arguments | change))
+        readback.plan(**(arguments | change))

@@ -10,9 +10,9 @@ from helpers.decode_states import BASE, control_of, make_decode_state, open_veri
 from helpers.equality import assert_equal_tensors
 from helpers.oracle import CONFIG, DEVICE, sums_of_squares
 
-from pyramid_rt.kernels.decide import filters as thresholds
+from pyramid_rt.kernels.decide import filters as filter_kernels
 from pyramid_rt.kernels.decide import sample
-from pyramid_rt.kernels.decide.decode_state import DecodeState, live_at
+from pyramid_rt.kernels.decide.decode_state import DecodeState, active_at
 from pyramid_rt.kernels.forward import head
 from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.kernels.reference import sampling as ops
@@ -60,11 +60,11 @@ def test_the_first_token_opens_the_first_round(stored: bool) -> None:
     assert control_of(state)["base"] == [BASE] * 3
     put_rows(state, 2, rows)
     if stored:
-        thresholds.plan(state, 2, 1, draw=True, filters=True).run()
+        filter_kernels.plan(state, 2, 1, draw=True, filters=True).run()
     sample.plan(state, 2, first=True, stored=stored).run()
     found = control_of(state)
     assert int(state.tokens[BASE]) == (int(rows.argmax()) if stored else own_token(rows, state))
-    assert (found["end"], found["base"], found["live"]) == (BASE + 1, [BASE + 1] * 3, [1] * 3)
+    assert (found["end"], found["base"], found["active"]) == (BASE + 1, [BASE + 1] * 3, [1] * 3)
     assert found["cached"] == [0, 0, BASE]
     assert not state.counters.any()
 
@@ -78,23 +78,23 @@ def test_a_stop_token_ends_the_burst(tiers: int) -> None:
         sample.plan(state, 0, first=False, stored=False).run()
         assert (control_of(state)["end"], control_of(state)["ended"]) == (BASE + 1, True)
         # The proposal is still to be judged.
-        assert control_of(state)["live"] == [0, *[1] * (tiers - 1)]
+        assert control_of(state)["active"] == [0, *[1] * (tiers - 1)]
     assert int(state.counters[0, 6]) == 1
 
 
 def test_a_burst_goes_on_where_there_is_room() -> None:
     state = drawn(random_rows(1, 101, seed=3), limit=BASE + 2)
-    for live in ([1, 1], [0, 1]):
+    for active in ([1, 1], [0, 1]):
         put_rows(state, 0, random_rows(1, 101, seed=4), base=int(state.control[0]))
         sample.plan(state, 0, first=False, stored=False).run()
-        assert control_of(state)["live"] == live
+        assert control_of(state)["active"] == active
 
 
 @pytest.mark.parametrize("why", ["limit", "inactive"])
 def test_nothing_is_put_at_the_limit_or_where_the_round_is_inactive(why: str) -> None:
     state = drawn(random_rows(1, 101, seed=3), limit=BASE if why == "limit" else 90)
     if why == "inactive":
-        state.control[live_at(2, 0)] = 0
+        state.control[active_at(2, 0)] = 0
     before = state.control.clone()
     sample.plan(state, 0, first=False, stored=False).run()
     assert_equal_tensors(state.control, before)
@@ -106,7 +106,7 @@ def test_nothing_is_put_at_the_limit_or_where_the_round_is_inactive(why: str) ->
 def test_the_end_of_plain_decoding_closes_the_round(tiers: int) -> None:
     state = drawn(random_rows(1, 101, seed=3), tiers=tiers, limit=BASE + 1)
     sample.plan(state, 0, first=False, stored=False).run()
-    assert control_of(state)["live"] == ([0] if tiers == 1 else [0, 1])
+    assert control_of(state)["active"] == ([0] if tiers == 1 else [0, 1])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

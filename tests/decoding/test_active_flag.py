@@ -19,7 +19,7 @@ from pyramid_rt.decoding.counters import COLUMN
 from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.kernels.decide.decode_state import live_at
+from pyramid_rt.kernels.decide.decode_state import active_at
 from pyramid_rt.kernels.forward import attention, embed, gate_up, head, project, qkv
 from pyramid_rt.kernels.forward.attention_configs import AttentionConfig, Splits
 from pyramid_rt.kernels.launch import Launch, always
@@ -74,8 +74,8 @@ def prepared_embed() -> Prepared:
     out, scaled = poisoned(2, 64, WIDTH, dtype=torch.float32)
     norm, sums = random(WIDTH, dtype=torch.float32, seed=1), poisoned(2, 64, dtype=torch.float32)
 
-    def launch(live: Tensor | None) -> Launch:
-        return embed.plan(table, tokens, norm, T, out, scaled, sums, scalar(3), live=live)
+    def launch(active: Tensor | None) -> Launch:
+        return embed.plan(table, tokens, norm, T, out, scaled, sums, scalar(3), active=active)
 
     return Prepared(launch, [out, scaled, sums], [])
 
@@ -86,9 +86,9 @@ def prepared_qkv() -> Prepared:
     k, v = poisoned(2, 1, 99, 16, dtype=torch.float32)
     rotary, start = random(99, 2, 16, dtype=torch.float32, seed=3), scalar(11)
 
-    def launch(live: Tensor | None) -> Launch:
+    def launch(active: Tensor | None) -> Launch:
         return qkv.plan(
-            x * norm, sums, 1e-5, weight, None, rotary, start, T, q, k, v, space, SPLIT, live=live
+            x * norm, sums, 1e-5, weight, None, rotary, start, T, q, k, v, space, SPLIT, active=active
         )  # fmt: skip
 
     return Prepared(launch, [q, k, v, space.partials], [space.counters])
@@ -104,9 +104,9 @@ def prepared_attention() -> Prepared:
     space.stats.fill_(torch.nan)
     out = poisoned(64, 128, dtype=torch.float32)
 
-    def launch(live: Tensor | None) -> Launch:
+    def launch(active: Tensor | None) -> Launch:
         return attention.plan(
-            q, cache[0], cache[1], scalar(120), out, space, length=T, kv_bound=130, config=config, live=live
+            q, cache[0], cache[1], scalar(120), out, space, length=T, kv_bound=130, config=config, active=active
         )  # fmt: skip
 
     return Prepared(launch, [out, space.acc, space.stats], [space.arrivals])
@@ -118,8 +118,10 @@ def prepared_project() -> Prepared:
     out, scaled = poisoned(2, 64, 72, dtype=torch.float32)
     norm, sums = random(72, dtype=torch.float32, seed=1), poisoned(2, 64, dtype=torch.float32)
 
-    def launch(live: Tensor | None) -> Launch:
-        return project.plan(x, weight, None, residual, norm, T, out, scaled, sums, space, SPLIT, live=live)
+    def launch(active: Tensor | None) -> Launch:
+        return project.plan(
+            x, weight, None, residual, norm, T, out, scaled, sums, space, SPLIT, active=active
+        )
 
     return Prepared(launch, [out, scaled, sums, space.partials], [space.counters])
 
@@ -128,8 +130,8 @@ def prepared_gate_up() -> Prepared:
     x, sums, norm, weight = inputs(80)
     out, space = poisoned(64, 40, dtype=torch.float32), workspace(80, SPLIT)
 
-    def launch(live: Tensor | None) -> Launch:
-        return gate_up.plan(x * norm, sums, 1e-5, weight, None, T, out, space, SPLIT, live=live)
+    def launch(active: Tensor | None) -> Launch:
+        return gate_up.plan(x * norm, sums, 1e-5, weight, None, T, out, space, SPLIT, active=active)
 
     return Prepared(launch, [out, space.partials], [space.counters])
 
@@ -140,9 +142,9 @@ def prepared_head() -> Prepared:
     place = head.Placement(scalar(20), scalar(22), scalar(21), T)
     noise = head.Noise(torch.tensor([1, 2], device=DEVICE), None, torch.tensor(0.7, device=DEVICE))
 
-    def launch(live: Tensor | None) -> Launch:
+    def launch(active: Tensor | None) -> Launch:
         return head.plan(
-            x * norm, sums, 1e-5, weight, place, 101, out, statistics, noise, CONFIG, live=live
+            x * norm, sums, 1e-5, weight, place, 101, out, statistics, noise, CONFIG, active=active
         )  # fmt: skip
 
     found = [statistics.peak, statistics.total, statistics.best, statistics.token]
@@ -166,7 +168,7 @@ def poison(tensors: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_launch_without_work_writes_nothing(op: str) -> None:
-    made, live = KERNELS[op](), word()
+    made, active = KERNELS[op](), word()
     poison(made.written)
     made.launch(None).run()
     expected = [bits(tensor) for tensor in made.written]
@@ -174,13 +176,13 @@ def test_a_launch_without_work_writes_nothing(op: str) -> None:
     before = [bits(tensor) for tensor in made.written]
     # Nothing here is a result that looks like the poison.
     assert not any(torch.equal(a, b) for a, b in zip(expected, before, strict=True))
-    launch = made.launch(live)
+    launch = made.launch(active)
     launch.run()
     for a, b in zip(before, made.written, strict=True):
         assert_equal_tensors(a, bits(b))
     assert not any(counter.any() for counter in made.counters)
     # The same launch, after the word has changed on the device.
-    live.fill_(1)
+    active.fill_(1)
     launch.run()
     for a, b in zip(expected, made.written, strict=True):
         assert_equal_tensors(a, bits(b))
@@ -190,8 +192,8 @@ def test_a_launch_without_work_writes_nothing(op: str) -> None:
 @pytest.mark.parametrize("op", KERNELS)
 def test_one_binary_serves_launches_with_a_word_and_without(op: str) -> None:
     """A word changes one pointer, which the compiler neither specialises on nor knows the alignment of."""
-    made, live = KERNELS[op](), word()
-    plain, skippable = made.launch(None), made.launch(live)
+    made, active = KERNELS[op](), word()
+    plain, skippable = made.launch(None), made.launch(active)
     assert plain.kwargs == skippable.kwargs
     assert plain.grid == skippable.grid
     pairs = [
@@ -199,17 +201,17 @@ def test_one_binary_serves_launches_with_a_word_and_without(op: str) -> None:
         for a, b in zip(plain.args, skippable.args, strict=True)
         if isinstance(a, Tensor) and a.data_ptr() != b.data_ptr()
     ]
-    assert (always(DEVICE), live) in [(a, b) for a, b in pairs if a is always(DEVICE) and b is live]
+    assert (always(DEVICE), active) in [(a, b) for a, b in pairs if a is always(DEVICE) and b is active]
     assert always(DEVICE).tolist() == [1]
 
 
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize(
-    "live", [zeros(1, dtype=torch.int32), zeros(2, dtype=torch.int64), zeros(1, device="meta")], ids=str
+    "active", [zeros(1, dtype=torch.int32), zeros(2, dtype=torch.int64), zeros(1, device="meta")], ids=str
 )
-def test_refuses_another_word(op: str, live: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"^live "):
-        KERNELS[op]().launch(live)
+def test_refuses_another_word(op: str, active: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^active "):
+        KERNELS[op]().launch(active)
 
 
 def test_the_constant_word_is_made_once_per_device() -> None:
@@ -244,7 +246,7 @@ class Decoding:
     ) -> Decoding:
         """`stop`: every token after the first ends the text."""
         place = Place(DEVICE, 80)
-        source = Source(place, Case("live", "float32", "tiny", {}))
+        source = Source(place, Case("active", "float32", "tiny", {}))
         shape = Shape("tiny", 64, 64, 2, 1, 1, 64, VOCAB)
         whole = damped_llama(shape, 2, None, source, MAX_SEQ)
         models = [damped_llama(shape, 1, whole, source, MAX_SEQ) for _ in rules]
@@ -281,7 +283,7 @@ class Decoding:
         """Words that say of every tier that it has something to do."""
         assert self.state.decode_state is not None
         n = len(self.tiers)
-        self.state.decode_state.control[live_at(n, 0) : live_at(n, 0) + n] = 1
+        self.state.decode_state.control[active_at(n, 0) : active_at(n, 0) + n] = 1
 
     def streams(self, level: int) -> dict[str, Tensor]:
         """Buffers that every pass of a tier writes anew, and that are not read after it."""
