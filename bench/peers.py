@@ -21,7 +21,8 @@ from rich.table import Table
 
 import pyramid_rt
 from bench.harness import Timings, environment, side_by_side, write_json
-from bench.smollm2 import cases, fetch, load_peer
+from bench.smollm2 import cases, load_peer
+from bench.smollm2_weights import fetch
 from pyramid_rt.cli.command import DEMO_PROMPTS
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, METHODS
 from pyramid_rt.params import Options

@@ -20,7 +20,7 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 
 @dataclass(frozen=True, slots=True)
 class ProjectionConfig:
-    """How one product is cut and compiled; `dataclasses.replace` gives a neighbour to try.
+    """Cut and compilation of one product; `dataclasses.replace` gives a neighbour to try.
 
     Attributes:
         block_n: weight rows of a program, a power of two; at least 64 where sums of squares are made.
@@ -55,7 +55,7 @@ class ProjectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Machine:
-    """What the choice of an architecture's configurations rests on.
+    """Facts of an architecture that the choice of its configurations rests on.
 
     Attributes:
         programs: programs that should be in flight together, one per multiprocessor: a pipeline of four steps of 16

@@ -1,4 +1,4 @@
-"""What the kernels share: launches as data, checks of their arguments, words that skip them, the last to arrive."""
+"""Parts that the kernels share: launches as data, checks of arguments, flags that skip them, the last to arrive."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tiles(size: int, block: int) -> int:
 
 
 def interpreted(kernel: Any) -> bool:
-    """Whether a kernel runs in Triton's interpreter, whose bfloat16 `tl.dot` is wrong without a word."""
+    """True where a kernel runs in Triton's interpreter, whose bfloat16 `tl.dot` is silently wrong."""
     return not isinstance(kernel, triton.JITFunction)
 
 

@@ -73,7 +73,7 @@ def load(
         graphs: run rounds as CUDA graphs, see `Pyramid`; by default on CUDA under device control. Those of the
             default method are captured here, others at first use or by `Pyramid.prepare`.
         threads: of an operation on a CPU, from 1 to the CPUs this process may use. By default 1 for a pyramid whose
-            largest tier has less than 64 MiB of weights, and torch's own number for others.
+            largest tier has less than 16 MiB of weights, and torch's own number for others.
         progress: called with (tier, bytes read, bytes in all), while kernels are compiled with ("kernels", launches
             whose kernels are there, launches in all), and while graphs are captured with ("graphs", works captured,
             works in all).

@@ -1,5 +1,5 @@
-"""What a verdict does to the sequence: prefix, correction or bonus, lengths of all tiers, counters, and the mark
-that opens the next round. One program's work, over the at most 64 positions of a verify.
+"""Consequences of a verdict for the sequence: prefix, correction or bonus, lengths of all tiers, counters, and the
+mark that opens the next round. One program's work, over the at most 64 positions of a verify.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def first_non_finite(
 
 @triton.jit
 def prefix_length(stands: tl.tensor, steps: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """How many of the first `count` stand before one falls (int64)."""
+    """Number of the first `count` that stand before one falls (int64)."""
     falls = (stands == 0) & (steps < count)
     return tl.minimum(tl.min(tl.where(falls, steps, 1 << 20), 0).to(tl.int64), count)
 

@@ -1,4 +1,4 @@
-"""What the decision kernels of a round read and write: control words, the tiers' logits rows, and scratch.
+"""State that the decision kernels of a round read and write: control words, the tiers' logits rows, and scratch.
 
 N tiers, V vocabulary entries, P of them with padding, R rows. Row r of every tier belongs to the r-th position
 after the outer round's first: nothing is moved while a round runs, and the distribution that a token was drawn
@@ -182,7 +182,7 @@ class DecodeState:
             seed=zeros(2, dtype=torch.int64),
             temperature=zeros(),
             top_k=zeros(dtype=torch.int64),
-            top_p=torch.ones((), device=device),
+            top_p=torch.ones((), dtype=torch.float32, device=device),
             min_p=zeros(),
             thresholds=zeros(max(1, n - 1)),
             counters=zeros(n, COUNTERS, dtype=torch.int64),
@@ -230,7 +230,7 @@ class DecodeState:
         return sum(value.numel() * value.element_size() for value in tensors)
 
     def sequence(self) -> tuple[Tensor, ...]:
-        """What a commit writes, in the order of the kernels' arguments; flags as the bytes they are."""
+        """Tensors that a commit writes, in the order of the kernels' arguments; flags as the bytes they are."""
         return (
             self.control,
             self.ended.view(torch.uint8),

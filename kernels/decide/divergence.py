@@ -20,7 +20,7 @@ KINDS = ("js", "js_fsd", "kl", "kl_reversed", "tv")
 
 @triton.jit
 def terms(p_log: tl.tensor, q_log: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """What one entry adds to twice the divergence (`js`, `js_fsd`, `tv`) or to it (`kl`, `kl_reversed`)."""
+    """Summand of one entry in twice the divergence (`js`, `js_fsd`, `tv`) or in it (`kl`, `kl_reversed`)."""
     p, q = tl.exp(p_log), tl.exp(q_log)
     no_p, no_q = p_log == float("-inf"), q_log == float("-inf")
     # Infinities are put in by hand: neither inf - inf nor 0 inf is ever computed.

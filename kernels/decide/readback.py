@@ -1,4 +1,4 @@
-"""What the host will read of a round, as one vector: the only thing that leaves the device.
+"""The vector that the host reads of a round: the only thing that leaves the device.
 
 numbers = (begin, end, ended, cached of N tiers, bad of N tiers, counters of N tiers, tokens begin .. begin + M - 1),
 begin being where the last report ended; then begin = end.

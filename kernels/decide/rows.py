@@ -1,4 +1,4 @@
-"""What the decision kernels do with one logits row: its winner, its log-sum-exp, and the few entries that matter.
+"""Functions of one logits row: its winner, its log-sum-exp, and the few entries that matter to a decision.
 
 Entries that a filter or a `topk_*` divergence looks at are found without a sort. The largest logits of the head's
 tiles bound the wanted value from below; every program lists its share's entries from that bound on, in the order
@@ -53,7 +53,7 @@ def row_normaliser(
 
 @triton.jit
 def divisor(temperature: tl.tensor) -> tl.tensor:
-    """What logits are divided by: the temperature, or 1 at 0."""
+    """Divisor of logits: the temperature, or 1 at 0."""
     return tl.where(temperature > 0.0, temperature, 1.0)
 
 
@@ -146,7 +146,7 @@ def light_bound(gaps: tl.tensor, spare: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def slack(top: tl.tensor) -> tl.tensor:
-    """What rounding may add to a gap on the way there and back."""
+    """Bound of what rounding may add to a gap on the way there and back."""
     return 1e-3 + 1e-5 * tl.abs(top)
 
 
@@ -222,7 +222,7 @@ def least_key(
 def listed_from(
     values_ptr: tl.tensor, length: tl.tensor, key: tl.tensor, top: tl.tensor, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """How many listed values (float32) lie at a key or above, and the sum of exp(value - top) over them."""
+    """Number (float32) of listed values at a key or above, and the sum of exp(value - top) over them."""
     many = tl.zeros((BLOCK,), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, length, BLOCK):

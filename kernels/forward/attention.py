@@ -205,7 +205,7 @@ def attention_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """What a launch writes besides `out`. One serves all layers of a stream, one after another.
+    """Buffers that a launch writes besides `out`. One set serves all layers of a stream, one after another.
 
     Attributes:
         acc: [>= pairs * slots * 64 * D] float32, pairs = KV heads x row tiles, slots = splits + their groups.

@@ -17,7 +17,7 @@ FAN = 8
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Where the sequence is cut, by absolute position alone: sizes[0] below edges[0], sizes[1] below edges[1],
+    """Cuts of the sequence, by absolute position alone: sizes[0] below edges[0], sizes[1] below edges[1],
     then sizes[2]. Growing sizes bound the partial results of a long context.
     """
 
@@ -39,7 +39,7 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """How the kernel is compiled. `block_n` and `splits` decide the bits of the result, the rest only speed.
+    """Constants of the compiled kernel. `block_n` and `splits` decide the bits of the result, the rest only speed.
 
     `dataclasses.replace` gives a neighbour to try.
 

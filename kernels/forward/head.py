@@ -40,7 +40,7 @@ PADDING = 4
 
 @dataclass(frozen=True, slots=True)
 class TileStatistics:
-    """What the head leaves per row and tile of the vocabulary; all [64, tiles], contiguous.
+    """Results of the head per row and tile of the vocabulary; all [64, tiles], contiguous.
 
     Attributes:
         peak: float32, the largest logit; -inf in a tile without valid entries.
@@ -257,6 +257,61 @@ def head_kernel(
     )  # fmt: skip
 
 
+def _check_inputs(x: Tensor, sumsq: Tensor, weight: Tensor) -> None:
+    check_tensor("weight", weight, (None, None), DTYPES, x.device)
+    width = weight.shape[1]
+    check_tensor("x", x, (WINDOW, width), weight.dtype, x.device)
+    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, x.device, contiguous=True)
+
+
+def _checked_rows(
+    rows: Tensor | Placement, device: torch.device
+) -> tuple[int, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Their number, a tensor for the kernel's list of rows, and the three scalars of a `Placement`."""
+    if isinstance(rows, Placement):
+        count, some = rows.count, rows.start
+        for name in ("start", "decided", "first"):
+            check_tensor(f"rows.{name}", getattr(rows, name), (), torch.int64, device)
+        scalars = (rows.start, rows.decided, rows.first)
+    else:
+        check_tensor("rows", rows, (None,), torch.int64, device, contiguous=True)
+        count, some = rows.shape[0], rows
+        scalars = (rows, rows, rows)
+    if not 1 <= count <= WINDOW:
+        raise ValueError(f"rows has {count} entries, expected 1 to {WINDOW}")
+    return count, some, scalars
+
+
+def _check_outputs(
+    out: Tensor,
+    statistics: TileStatistics,
+    vocab_size: int,
+    config: ProjectionConfig,
+    device: torch.device,
+    placed: bool,
+) -> None:
+    check_tensor("out", out, (None if placed else WINDOW, None), torch.float32, device)
+    padded = out.shape[1]
+    if padded < vocab_size:
+        raise ValueError(f"out has {padded} columns, expected at least vocab_size = {vocab_size}")
+    if out.stride(0) % PADDING or out.data_ptr() % 16:
+        raise ValueError(f"out has rows of stride {out.stride(0)}, expected a multiple of {PADDING}, aligned")
+    count = tiles(padded, config.block_n)
+    for name in ("peak", "total", "best", "token"):
+        kind = torch.int32 if name == "token" else torch.float32
+        tensor: Tensor = getattr(statistics, name)
+        check_tensor(f"statistics.{name}", tensor, (out.shape[0], count), kind, device, contiguous=True)
+
+
+def _check_noise(noise: Noise, count: int, device: torch.device, placed: bool) -> None:
+    check_tensor("noise.seed", noise.seed, (2,), torch.int64, device, contiguous=True)
+    if noise.positions is not None:
+        check_tensor("noise.positions", noise.positions, (count,), torch.int64, device, contiguous=True)
+    if placed != (noise.positions is None):
+        raise ValueError(f"noise.positions is {noise.positions}, expected None iff rows is a Placement")
+    check_tensor("noise.temperature", noise.temperature, (), torch.float32, device)
+
+
 def plan(
     x: Tensor,
     sumsq: Tensor,
@@ -291,45 +346,19 @@ def plan(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    device, dtype = x.device, weight.dtype
-    check_tensor("weight", weight, (None, None), DTYPES, device)
-    entries, width = weight.shape
-    check_tensor("x", x, (WINDOW, width), dtype, device)
-    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    device, width = x.device, weight.shape[-1]
+    _check_inputs(x, sumsq, weight)
+    count, some, scalars = _checked_rows(rows, device)
     placed = isinstance(rows, Placement)
-    if isinstance(rows, Placement):
-        count, some = rows.count, rows.start
-        for name in ("start", "decided", "first"):
-            check_tensor(f"rows.{name}", getattr(rows, name), (), torch.int64, device)
-        scalars = (rows.start, rows.decided, rows.first)
-    else:
-        check_tensor("rows", rows, (None,), torch.int64, device, contiguous=True)
-        count, some = rows.shape[0], rows
-        scalars = (rows, rows, rows)
-    if not 1 <= count <= WINDOW:
-        raise ValueError(f"rows has {count} entries, expected 1 to {WINDOW}")
+    entries = weight.shape[0]
     if not 1 <= vocab_size <= entries:
         raise ValueError(f"vocab_size is {vocab_size}, expected 1 to {entries}, the rows of weight")
     if config.splits != 1:
         raise ValueError(f"config.splits is {config.splits}, expected 1")
-    check_tensor("out", out, (None if placed else WINDOW, None), torch.float32, device)
-    padded = out.shape[1]
-    if padded < vocab_size:
-        raise ValueError(f"out has {padded} columns, expected at least vocab_size = {vocab_size}")
-    if out.stride(0) % PADDING or out.data_ptr() % 16:
-        raise ValueError(f"out has rows of stride {out.stride(0)}, expected a multiple of {PADDING}, aligned")
-    count_tiles = tiles(padded, config.block_n)
-    for name in ("peak", "total", "best", "token"):
-        kind = torch.int32 if name == "token" else torch.float32
-        tensor: Tensor = getattr(statistics, name)
-        check_tensor(f"statistics.{name}", tensor, (out.shape[0], count_tiles), kind, device, contiguous=True)
+    _check_outputs(out, statistics, vocab_size, config, device, placed)
     if noise is not None:
-        check_tensor("noise.seed", noise.seed, (2,), torch.int64, device, contiguous=True)
-        if noise.positions is not None:
-            check_tensor("noise.positions", noise.positions, (count,), torch.int64, device, contiguous=True)
-        if placed != (noise.positions is None):
-            raise ValueError(f"noise.positions is {noise.positions}, expected None iff rows is a Placement")
-        check_tensor("noise.temperature", noise.temperature, (), torch.float32, device)
+        _check_noise(noise, count, device, placed)
+    padded = out.shape[1]
     return Launch(
         head_kernel,
         product_grid(config, padded, count),

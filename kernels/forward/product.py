@@ -274,7 +274,7 @@ def partial_offsets(
     BLOCK_N: tl.constexpr,
     COLS: tl.constexpr,
 ) -> tl.tensor:
-    """Where a split's [BLOCK_N, COLS] partial of the columns from `first` on lies in the workspace."""
+    """Offsets in the workspace of a split's [BLOCK_N, COLS] partial of the columns from `first` on."""
     column = first + tl.arange(0, COLS)
     block = ((tile * SPLITS + split).to(tl.int64) * 4 + column // 16) * (BLOCK_N * 16)
     return (block + column % 16)[None, :] + tl.arange(0, BLOCK_N)[:, None] * 16

@@ -154,6 +154,34 @@ def qkv_kernel(
     )  # fmt: skip
 
 
+def _check_inputs(x: Tensor, sumsq: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    device, dtype = x.device, weight.dtype
+    check_tensor("weight", weight, (None, None), DTYPES, device)
+    rows, width = weight.shape
+    check_tensor("x", x, (WINDOW, width), dtype, device)
+    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
+    if bias is not None:
+        check_tensor("bias", bias, (rows,), dtype, device, contiguous=True)
+
+
+def _checked_heads(
+    rows: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, int]:
+    """Query heads, KV heads and channels of a head, which make up the rows of the weight."""
+    check_tensor("q", q, (WINDOW, None, None), dtype, device, contiguous=True)
+    heads, head_dim = q.shape[1:]
+    check_tensor("k_cache", k_cache, (None, None, head_dim), dtype, device)
+    kv_heads = k_cache.shape[0]
+    check_tensor("v_cache", v_cache, tuple(k_cache.shape), dtype, device)
+    if head_dim % 2:
+        raise ValueError(f"q has heads of {head_dim} channels, expected an even number")
+    if rows != (heads + 2 * kv_heads) * head_dim:
+        raise ValueError(
+            f"weight has {rows} rows, expected ({heads} + 2 * {kv_heads}) * {head_dim} as q and k_cache have heads"
+        )
+    return heads, kv_heads, head_dim
+
+
 def plan(
     x: Tensor,
     sumsq: Tensor,
@@ -192,26 +220,12 @@ def plan(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    device, dtype = x.device, weight.dtype
+    device = x.device
     check_length(length)
-    check_tensor("weight", weight, (None, None), DTYPES, device)
+    _check_inputs(x, sumsq, weight, bias)
     rows, width = weight.shape
-    check_tensor("x", x, (WINDOW, width), dtype, device)
-    check_tensor("sumsq", sumsq, (tiles(width, CHANNELS), WINDOW), torch.float32, device, contiguous=True)
-    if bias is not None:
-        check_tensor("bias", bias, (rows,), dtype, device, contiguous=True)
-    check_tensor("q", q, (WINDOW, None, None), dtype, device, contiguous=True)
-    heads, head_dim = q.shape[1:]
-    check_tensor("k_cache", k_cache, (None, None, head_dim), dtype, device)
-    kv_heads = k_cache.shape[0]
-    check_tensor("v_cache", v_cache, tuple(k_cache.shape), dtype, device)
-    if head_dim % 2:
-        raise ValueError(f"q has heads of {head_dim} channels, expected an even number")
-    if rows != (heads + 2 * kv_heads) * head_dim:
-        raise ValueError(
-            f"weight has {rows} rows, expected ({heads} + 2 * {kv_heads}) * {head_dim} as q and k_cache have heads"
-        )
-    check_tensor("rotary", rotary, (None, 2, head_dim), dtype, device, contiguous=True)
+    heads, kv_heads, head_dim = _checked_heads(rows, q, k_cache, v_cache, weight.dtype, device)
+    check_tensor("rotary", rotary, (None, 2, head_dim), weight.dtype, device, contiguous=True)
     check_tensor("start", start, (), torch.int64, device)
     check_workspace(workspace, rows, config.block_n, config.splits, device)
     return Launch(

@@ -143,7 +143,7 @@ def causal_mask(positions: Tensor, kv_bound: int, group: int, dtype: torch.dtype
     head g of its group at window row t.
     """
     last = positions.unsqueeze(1).expand(-1, group).reshape(-1, 1)
-    hidden = torch.arange(kv_bound, device=positions.device) > last
+    hidden = torch.arange(kv_bound, dtype=torch.int64, device=positions.device) > last
     return torch.where(hidden, -math.inf, 0.0).to(dtype)
 
 
@@ -154,7 +154,7 @@ def tree_mask(
 
     start one int64, ancestors [>= T] int64 -> [T * G, kv_bound] dtype as `causal_mask`.
     """
-    node = torch.arange(kv_bound, device=start.device) - start
+    node = torch.arange(kv_bound, dtype=torch.int64, device=start.device) - start
     bits = (ancestors[:length].unsqueeze(1) >> node.clamp(0, 63)) & 1
     hidden = ((node >= 0) & ((bits == 0) | (node >= length))).repeat_interleave(group, 0)
     return torch.zeros(hidden.shape, dtype=dtype, device=start.device).masked_fill_(hidden, -math.inf)
@@ -169,7 +169,7 @@ def compact(cache: Tensor, start: Tensor, path: Tensor, count: Tensor) -> None:
         path: [64] int64 window row indices; those from count on may hold anything within 0 .. 63.
         count: one int64, 0 .. 64.
     """
-    index = torch.arange(path.shape[0], device=path.device)
+    index = torch.arange(path.shape[0], dtype=torch.int64, device=path.device)
     source = start + torch.where(index < count, path, index)
     cache.index_copy_(-2, start + index, cache.index_select(-2, source))
 

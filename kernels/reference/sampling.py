@@ -76,7 +76,7 @@ def random_words(seed: Tensor, positions: Tensor, purpose: int, stage: int, coun
 
     Returns: int64 [R, count], values in [0, 2^32).
     """
-    blocks = torch.arange((count + 3) // 4, device=positions.device)
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=positions.device)
     rows = positions.reshape(-1, 1)
     stream = torch.full_like(rows, purpose | stage << 8)
     words = philox_4x32_10((blocks, rows, stream, torch.zeros_like(rows)), (seed[0], seed[1]))
@@ -107,7 +107,7 @@ def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     """
     vocab_size = scaled.shape[-1]
     ordered = torch.sort(scaled, dim=-1, descending=True).values
-    rank = torch.arange(vocab_size, device=scaled.device)
+    rank = torch.arange(vocab_size, dtype=torch.int64, device=scaled.device)
     k = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size)
     kth = ordered.gather(-1, (k - 1).expand(ordered.shape[0]).unsqueeze(-1))
     in_top_k = (rank < k) | (ordered >= kth)
@@ -132,7 +132,7 @@ def process_logits(
 def one_hot_logprobs(logits: Tensor) -> Tensor:
     """The processed distribution at temperature 0: log-probability 0 at the argmax, -inf elsewhere. [R, V]"""
     best = logits.argmax(-1, keepdim=True)
-    columns = torch.arange(logits.shape[-1], device=logits.device)
+    columns = torch.arange(logits.shape[-1], dtype=torch.int64, device=logits.device)
     return torch.where(columns == best, 0.0, -math.inf)
 
 

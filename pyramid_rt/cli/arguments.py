@@ -1,4 +1,4 @@
-"""What the command line takes: commands, flags and their help. Light: no torch."""
+"""Arguments of the command line: commands, flags and their help. Light: no torch."""
 
 from __future__ import annotations
 

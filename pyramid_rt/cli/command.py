@@ -297,7 +297,7 @@ def _stderr() -> Console:
 
 
 class _Notes(logging.Handler):
-    """What the library warns of, each once, as a line on standard error."""
+    """Warnings of the library, each once, as a line on standard error."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

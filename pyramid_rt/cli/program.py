@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Interrupts:
-    """What Ctrl-C does in a process of ours.
+    """The answer to Ctrl-C in a process of ours.
 
     While modules are imported, and after the work, there is nothing to clean up, and an exception would come out
     of whatever was running, or vanish in it: the process leaves at once. During the work the first one is a

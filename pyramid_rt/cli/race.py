@@ -114,7 +114,7 @@ def frame(console: Console, prompt: str, slow: Recording, fast: Recording, elaps
 
 
 def verdict(slow: Recording, fast: Recording) -> str:
-    """How the two compare, in a sentence."""
+    """The comparison of the two, in a sentence."""
     ratio = slow.seconds / fast.seconds if fast.seconds else 1.0
     return (
         f"{fast.method} was done in {fast.seconds:.2f} s, {slow.method} in {slow.seconds:.2f} s: {ratio:.2f}x, "

@@ -1,4 +1,4 @@
-"""What the command line shows: results, the comparison of methods, and what a weights directory holds."""
+"""Tables of the command line: results, the comparison of methods, and the contents of a weights directory."""
 
 from __future__ import annotations
 

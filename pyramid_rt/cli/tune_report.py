@@ -1,4 +1,4 @@
-"""What ``tune`` shows: what it measured, the finalists, and what follows from them in plain words."""
+"""The report of ``tune``: what it measured, the finalists, and what follows from them in plain words."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def print_tuning(console: Console, tuning: Tuning) -> None:
 
 
 def words(tuning: Tuning) -> list[str]:
-    """What was run, whether lossless settings kept their promise, and what the race says, a sentence or two each."""
+    """The runs, the promise of lossless settings kept or not, and the race's outcome, a sentence or two each."""
     temperature = tuning.common["temperature"]
     how = "greedy" if temperature == 0 else f"at temperature {temperature:g}"
     left = tuning.prompts_given - tuning.prompts - tuning.prompts_silent
@@ -177,7 +177,7 @@ def _joined(*values: float | None) -> str:
 
 
 def _tokens(row: Row, tuning: Tuning) -> str:
-    """How the tokens of a row stand to the target's own."""
+    """The relation of a row's tokens to the target's own."""
     if row.differs is not None:
         return f"{100 * row.differs:.1f} %{' !' if row.differs > tuning.options.max_differs else ''}"
     if row.unequal is None:
@@ -186,7 +186,7 @@ def _tokens(row: Row, tuning: Tuning) -> str:
 
 
 def _equality(tuning: Tuning) -> list[str]:
-    """Whether lossless settings wrote the baseline's tokens."""
+    """A sentence on lossless settings: they wrote the baseline's tokens, or not."""
     checked = [row for row in tuning.rows if row.unequal is not None and row.setting.method != BASELINE]
     wrong = [row for row in checked if row.unequal]
     found = [
@@ -202,7 +202,7 @@ def _equality(tuning: Tuning) -> list[str]:
 
 
 def _three_tiers(tuning: Tuning) -> list[str]:
-    """Whether three tiers pay: among lossless settings and, where there are others, among all that are allowed."""
+    """A verdict on three tiers: among lossless settings and, where there are others, among all that are allowed."""
     if len(tuning.tiers) < 3:
         return [f"With {len(tuning.tiers)} tiers there is no method of three to try."]
     lossless = [row for row in tuning.rows if row.differs is None]

@@ -99,7 +99,7 @@ def check_tensors(directory: Path, config: LlamaConfig, stored: Mapping[str, Sto
 
 
 def layer_pieces(config: LlamaConfig, names: TensorNames) -> Iterator[Piece]:
-    """Which tensors stand where in a layer, their names without the layer's own beginning."""
+    """Places of the tensors in a layer, by their names without the layer's own beginning."""
     keys, inner = config.num_kv_heads * config.head_dim, config.intermediate_size
     joint, halves = (config.num_heads * config.head_dim, keys, keys), (inner, inner)
     cuts = {"qkv": joint, "qkv_bias": joint, "gate_up": halves, "gate_up_bias": halves}

@@ -39,7 +39,7 @@ DEFAULT_TYPES: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class PyramidDirectory:
-    """What a weights directory names, before any weight is read.
+    """Contents of a weights directory, before any weight is read.
 
     Attributes:
         path: the directory itself.
@@ -76,7 +76,7 @@ class PyramidDirectory:
 
 
 class HasVocabSize(Protocol):
-    """What `check_family` needs of a model's config."""
+    """The part of a model's config that `check_family` needs."""
 
     @property
     def vocab_size(self) -> int:

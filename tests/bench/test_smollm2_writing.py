@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from bench.smollm2 import write_json, writing
+from bench.smollm2_weights import write_json, writing
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
-"""Threads of an operation: how many, whose setting, and that they sleep when they wait."""
+"""Threads of an operation: how many, and whose setting."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -62,8 +60,8 @@ def test_the_number_holds_inside_and_in_this_thread_alone(
     by_openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_openmp:  # where the library's functions cannot be called
-        monkeypatch.setattr(module, "_openmp", lambda: None)
-    elif module._openmp() is None:
+        monkeypatch.setattr(module, "openmp", lambda: None)
+    elif module.openmp() is None:
         pytest.skip("torch's OpenMP cannot be called here")
     before = torch.get_num_threads()
     wanted = before + 1
@@ -100,66 +98,3 @@ def test_a_number_that_the_application_gave_torch_stays_and_does_not_count(
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
-
-
-# In a process of its own: how long threads spin is decided for a whole process, and for good.
-SLEEPERS = """
-import os, sys, threading, time, torch
-from pyramid_rt.decoding.place.threads import wait_briefly
-
-def sleeps():
-    total = 0
-    for task in os.listdir("/proc/self/task"):
-        if int(task) != threading.get_native_id():
-            with open(f"/proc/self/task/{task}/status") as file:
-                total += sum(int(line.split()[1]) for line in file if line.startswith("voluntary"))
-    return total
-
-torch.set_num_threads(2)
-x = torch.ones(2**18)
-
-def regions():
-    x.add_(1)
-    before = sleeps()
-    for _ in range(100):
-        x.add_(1)
-        time.sleep(0.001)
-    return sleeps() - before
-
-alone = threading.active_count()
-spinning = regions()
-arranged = wait_briefly(int(sys.argv[1]))
-wait_briefly(int(sys.argv[1]))
-print(arranged, spinning, regions(), threading.active_count() == alone)
-"""
-
-
-def sleepers(threads: int, **environment: str) -> tuple[bool, int, int, bool]:
-    """Short waits arranged or not, how often a waiting thread slept before and after, nothing else seen."""
-    import os
-
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", SLEEPERS, str(threads)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**kept, "PYTHONPATH": ":".join(sys.path), **environment},
-    )
-    arranged, before, after, same = done.stdout.split()
-    return arranged == "True", int(before), int(after), same == "True"
-
-
-@pytest.mark.skipif(
-    not module._openmp() or not module._is_gnu() or not Path("/proc/self/task").is_dir() or CPUS < 2,
-    reason="needs GNU OpenMP, Linux and two CPUs",
-)
-def test_waiting_threads_sleep_instead_of_spinning() -> None:
-    arranged, before, after, unseen = sleepers(2)
-    assert arranged
-    assert before < 50  # of 100 waits of a millisecond, spent spinning
-    assert after > 80
-    assert unseen
-    assert not sleepers(1)[0]
-    assert not sleepers(2, GOMP_SPINCOUNT="1000")[0]
-    assert not sleepers(2, OMP_WAIT_POLICY="active")[0]

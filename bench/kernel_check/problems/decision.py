@@ -327,7 +327,7 @@ class Draw(_OnBoard):
 
 
 class Report(_OnBoard):
-    """`kernels.decide.readback`. Sizes: vocab, tiers. T tokens are new; the last report may stand at the buffer's end."""
+    """`kernels.decide.readback`. Sizes: vocab, tiers. T tokens are new; the last report may end the buffer."""
 
     MOST = 20
 

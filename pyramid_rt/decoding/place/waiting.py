@@ -1,13 +1,13 @@
-"""How long OpenMP's waiting threads spin: milliseconds while the CPUs are this process's, else microseconds.
+"""Waits of OpenMP's threads: spinning while the CPUs are this process's, else sleeping after microseconds.
 
-Between two operations of a forward pass a thread waits some ten microseconds. Spinning hands it the next one at once;
-sleeping and waking costs as much again as a small operation. Beside one other busy process it is the other way round:
-the spinning threads hold the very CPU that the last thread of the operation needs. So it is decided while decoding, by
-how often the process has lost a CPU.
+Between two operations of a forward pass a thread waits some ten microseconds. Spinning hands it the next one at
+once; sleeping and waking costs as much again as a small operation. Beside one other busy process it is the other way
+round: the spinning threads hold the very CPU that the last thread of the operation needs. So it is decided while
+decoding, by how often the process has lost a CPU.
 
-GNU OpenMP, which torch's wheels for Linux bring along, reads its spin count when it is loaded. But where it counts more
-threads than CPUs it lets them spin some microseconds only and then sleep (GOMP_SPINCOUNT in its manual), and looks at
-that count anew for every wait. An idle second team makes it count so, and its end undoes it.
+GNU OpenMP, which torch's wheels for Linux bring along, reads its spin count when it is loaded. But where it counts
+more threads than CPUs it lets them spin some microseconds only and then sleep (GOMP_SPINCOUNT in its manual), and it
+counts anew for every wait. An idle second team makes it count so, and the team's end undoes it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _ENOUGH_FOR_A_TEAM = 2**18
 # Time of decoding after which it is decided anew, in seconds.
 WINDOW = 0.1
-# Involuntary context switches a second and thread from which the CPUs count as shared. Measured with two threads on two
-# CPUs: 15 to 25 when quiet, 95 beside one busy loop; where the threads sleep, at most 8 and 2,500.
+# Involuntary context switches a second and thread from which the CPUs count as shared. Measured with two threads on
+# two CPUs: 15 to 25 when quiet, 95 beside one busy loop; where the threads sleep, at most 8 and 2,500.
 SHARED = 50.0
 
 
@@ -124,7 +124,7 @@ WAITS = Waits(IdleTeam(), _involuntary_switches)
 
 
 def waits_for(threads: int | None) -> Waits | None:
-    """What decides how operations of `threads` threads wait; short waits to begin with.
+    """`WAITS` for operations of `threads` threads, short to begin with.
 
     None for one thread, which waits for nobody; where the user has set how long threads spin; and where OpenMP is not
     GNU's.
