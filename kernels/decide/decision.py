@@ -99,9 +99,8 @@ def decide_kernel(
     if all_done == 0:
         return
     proposed, own, flaws, stands, inherited = verdict(
-        tokens_ptr + proposal, own_ptr + LEVEL * row_count + proposal - outer,
-        non_finite_ptr + LEVEL * row_count + proposal - outer, distance_ptr, thresholds_ptr + LEVEL - 1, count,
-        COUNT, FUZZY, OR_MATCH, ROWS,
+        tokens_ptr, own_ptr, non_finite_ptr, distance_ptr, thresholds_ptr, proposal,
+        LEVEL * row_count + proposal - outer, count, LEVEL, COUNT, FUZZY, OR_MATCH, ROWS,
     )  # fmt: skip
     commit(
         control_ptr, ended_ptr, tokens_ptr, origin_ptr, counters_ptr, stop_ptr, source_ptr, proposed, own,
@@ -111,23 +110,25 @@ def decide_kernel(
 
 @triton.jit
 def verdict(
-    proposed_ptr: tl.tensor, own_ptr: tl.tensor, non_finite_ptr: tl.tensor, distance_ptr: tl.tensor,
-    threshold_ptr: tl.tensor, count: tl.tensor, COUNT: tl.constexpr, FUZZY: tl.constexpr, OR_MATCH: tl.constexpr,
-    ROWS: tl.constexpr,
+    tokens_ptr: tl.tensor, own_ptr: tl.tensor, non_finite_ptr: tl.tensor, distance_ptr: tl.tensor,
+    thresholds_ptr: tl.tensor, proposal: tl.tensor, first: tl.tensor, count: tl.tensor, LEVEL: tl.constexpr,
+    COUNT: tl.constexpr, FUZZY: tl.constexpr, OR_MATCH: tl.constexpr, ROWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Of all rows of a verify: the proposed and the own token, the flaws, what stands, and what stands by divergence.
 
-    The rows' numbers were stored by other programs, hence past the first cache.
+    The proposal begins at position `proposal`, the verifying tier's rows at row `first` of all tiers'. The rows'
+    numbers were stored by other programs, hence past the first cache.
     """
     steps = tl.arange(0, ROWS)
-    proposed = tl.load(proposed_ptr + steps, mask=steps < count, other=0)
-    own = tl.load(own_ptr + steps, mask=steps <= count, other=0, cache_modifier=".cg")
-    flaws = tl.load(non_finite_ptr + steps, mask=steps <= count, other=0, cache_modifier=".cg")
+    here = first + steps
+    proposed = tl.load(tokens_ptr + proposal + steps, mask=steps < count, other=0)
+    own = tl.load(own_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
+    flaws = tl.load(non_finite_ptr + here, mask=steps <= count, other=0, cache_modifier=".cg")
     stands = proposed == own
     inherited = steps < 0
     if FUZZY:
         found = tl.load(distance_ptr + steps, mask=steps < COUNT, other=0.0, cache_modifier=".cg")
-        threshold = tl.load(threshold_ptr)
+        threshold = tl.load(thresholds_ptr + LEVEL - 1)
         inherited = (found <= threshold) & (found < float("inf"))
         if OR_MATCH:
             stands = stands | inherited
