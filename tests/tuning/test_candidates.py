@@ -25,15 +25,15 @@ THREE = Trace(
 
 
 def test_thresholds_let_shares_of_the_positions_stand() -> None:
-    assert thresholds([TWO], (0, 1)) == [0.3, 0.5, 0.65, 0.8, 0.9, 0.97]
+    assert thresholds([TWO], (0, 1)) == [0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 1.0]
     assert [standing_share([TWO], (0, 1), value) for value in (0.3, 0.97)] == [0.3, 0.97]
 
 
-def test_thresholds_are_rounded_up_and_neither_nothing_nor_everything() -> None:
+def test_thresholds_are_rounded_up_and_never_nothing() -> None:
     assert thresholds([THREE], (1, 2)) == [0.013]
     assert thresholds([THREE], (0, 2)) == []
     big = Trace(TWO.own, {(0, 1): tuple(1234.5 * value for value in HUNDREDTHS)})
-    assert thresholds([big], (0, 1)) == [380.0, 620.0, 810.0, 990.0, 1200.0]
+    assert thresholds([big], (0, 1)) == [380.0, 620.0, 810.0, 990.0, 1200.0, 1300.0]
 
 
 def test_agreement_is_the_share_of_equal_own_tokens() -> None:
