@@ -118,8 +118,9 @@ def serve(weights: Path, name: str, new_tokens: int) -> None:
 
 @contextmanager
 def busy_loop() -> Iterator[None]:
-    """Another process that counts."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """Another process that does nothing but run, and ends with this one, however that ends."""
+    program = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    process = subprocess.Popen([sys.executable, "-c", program])
     try:
         yield
     finally:
