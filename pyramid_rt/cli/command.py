@@ -75,6 +75,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
         given["stop"] = arguments.stop
     if arguments.heal:
         given["heal"] = True
+    if arguments.trace:
+        given["trace"] = True
     with _loaded(arguments) as pyramid:
         if len(pyramid.tiers) > 1 and not {"method"} & (given.keys() | pyramid.defaults.keys()):
             _LOG.warning(_NEVER_TUNED, pyramid.default_method, arguments.weights)
@@ -85,6 +87,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
         with contextlib.closing(pyramid.stream(prompt, ignore_eos=arguments.ignore_eos, **given)) as stream:
             _show(stream)
             result = stream.result
+        if result.trace is not None:
+            print(result.trace.view(colour=_stderr().is_terminal), file=sys.stderr)
         _stderr().print(report.summary(result), style="dim", highlight=False, soft_wrap=True)
     return 0
 
