@@ -159,7 +159,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     parser.add_argument("--heal", action="store_true", help="go on within the prompt's last word or blank")
     parser.add_argument(
-        "--trace", action="store_true", help="show which tier proposed each token, and what the rules said of it"
+        "--trace",
+        action="store_true",
+        help="show which tier proposed each token, and what the rules said of it",
     )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
