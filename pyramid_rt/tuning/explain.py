@@ -1,4 +1,4 @@
-"""What limits a pyramid: its speeds and acceptances measured in a short run, and the throughput model's word on them."""
+"""The limits of a pyramid: speeds and acceptances measured in a short run, and the throughput model on them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Compared:
 
     Attributes:
         setting: whose.
-        predicted: by the throughput model. replayed: by the replay of `tune`, which knows that agreement comes in runs.
+        predicted: by the throughput model. replayed: by the replay of `tune`, in which agreement may come in runs.
         measured: the median over the repeats.
         stages: lowest first; none of the baseline.
     """
@@ -150,7 +150,7 @@ def _setting(pyramid: Pyramid, method: str | None) -> Setting:
     if method is None:
         method = pyramid.default_method
         method = best_method(len(pyramid.tiers)) if method == BASELINE else method
-    if method == CHAIN or method not in DEPENDS_ON or method == BASELINE:
+    if method in (CHAIN, BASELINE) or method not in DEPENDS_ON:
         named = [name for name in DEPENDS_ON if name != BASELINE]
         raise InputError(f"method must be one of {', '.join(named)}, found {checks.shown(method)}")
     tiers_of(method, len(pyramid.tiers))

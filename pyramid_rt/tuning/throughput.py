@@ -1,7 +1,7 @@
-"""The throughput model of the pyramid's paper (arXiv:2510.12966), with passes that need not be flat in their width.
+"""The throughput model of the pyramid's paper (arXiv:2510.12966), with passes that may be slower the wider they are.
 
-V is tokens per second, beta the share of verified places that give a token (one that stands, a correction or a bonus),
-l a length:
+V is tokens per second, l a speculation length, and beta the share of the places that a verify looks at which give a
+token: one that stands, a correction or a bonus.
 
     V_SD  = beta_TD (l_D + 1) / (l_D / V_D + 1 / V_T)
     V_PSD = beta_TQ (l_Q + 1) / (l_Q / V_QD + 1 / V_T),  V_QD as V_SD with the qualifier for the target
