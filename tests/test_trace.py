@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import pickle
 import re
 from pathlib import Path
@@ -22,7 +23,7 @@ from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord
 
 PROMPT = "def fib(n):\n    "
-SAMPLED = {"temperature": 0.9, "seed": 5}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 5}
 SETTINGS: list[dict[str, Any]] = [
     {"method": "ar"},
     {"method": "sd"},
@@ -305,9 +306,7 @@ def test_a_notebook_gets_escaped_html() -> None:
 
 
 def test_json_and_pickles(tiny: Pyramid) -> None:
-    result = tiny.generate(
-        PROMPT, method="psd", qualifier_threshold="inf" and float("inf"), max_new_tokens=9, trace=True
-    )
+    result = tiny.generate(PROMPT, method="psd", qualifier_threshold=math.inf, max_new_tokens=9, trace=True)
     assert result.trace is not None
     content = json.loads(json.dumps(result.to_dict(), allow_nan=False))["trace"]
     assert content["tiers"] == ["draft", "qualifier", "target"]

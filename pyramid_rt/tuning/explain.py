@@ -180,8 +180,8 @@ def _explained(session: Session, setting: Setting) -> Explanation:
         settings.append(model.fastest(with_lengths(without_qualifier(setting))))
     race = session.race(settings)
     stages = [_stages(one, race, place, names) for place, one in enumerate(settings)]
-    for one, found in zip(settings[1:], stages[1:], strict=True):
-        acceptances.hold(one, [stage.alpha for stage in found])
+    for one, its_stages in zip(settings[1:], stages[1:], strict=True):
+        acceptances.hold(one, [stage.alpha for stage in its_stages])
     found = tuple(changes(model, setting))
     return Explanation(
         tiers=names,

@@ -157,23 +157,26 @@ def _faster_tiers(chain: Chain) -> Iterator[tuple[Kind, Chain]]:
     yield "verification", replace(chain, passes=flat)
 
 
-def _thresholds(model: Model, current: Setting) -> Iterator[tuple[Kind, Setting]]:
+def _thresholds(model: Model, current: Setting) -> list[tuple[Kind, Setting]]:
     """Other thresholds: of a lossless method the fastest one, of a lossy one the next above.
 
     A lossy method gets faster with every step, and further from the target: how far is not the model's to say.
     """
-    names: tuple[tuple[Kind, str], ...] = (
-        ("qualifier threshold", "qualifier_threshold"),
-        ("target threshold", "target_threshold"),
-    )
-    for kind, name in names:
-        now = getattr(current, name)
-        if now is None:
-            continue
-        others = [
-            replace(current, **{name: value}) for value in model.thresholds.get(name, ()) if value != now
+    found: dict[Kind, list[Setting]] = {}
+    if current.qualifier_threshold is not None:
+        values = model.thresholds.get("qualifier_threshold", ())
+        found["qualifier threshold"] = [
+            replace(current, qualifier_threshold=value)
+            for value in _worth_a_look(values, current.qualifier_threshold, lossy=not current.lossless)
         ]
-        if not current.lossless:
-            others = [other for other in others if getattr(other, name) > now][:1]
-        if others:
-            yield kind, model.fastest(iter(others))
+    if current.target_threshold is not None:
+        values = model.thresholds.get("target_threshold", ())
+        found["target threshold"] = [
+            replace(current, target_threshold=value)
+            for value in _worth_a_look(values, current.target_threshold, lossy=True)
+        ]
+    return [(kind, model.fastest(iter(others))) for kind, others in found.items() if others]
+
+
+def _worth_a_look(values: Sequence[float], now: float, *, lossy: bool) -> list[float]:
+    return [value for value in values if value > now][:1] if lossy else [v for v in values if v != now]

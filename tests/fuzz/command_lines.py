@@ -77,17 +77,8 @@ def case(dice: random.Random, place: Workspace) -> Case:
 
 
 def _argv(dice: random.Random) -> list[str]:
-    commands = {
-        "generate": 60,
-        "init": 10,
-        "info": 10,
-        "tune": 12,
-        "explain": 4,
-        "bench": 4,
-        "demo": 2,
-        "--version": 1,
-        "nonsense": 1,
-    }
+    commands = {"generate": 60, "init": 10, "info": 10, "tune": 12, "explain": 4, "bench": 4, "demo": 2}
+    commands |= {"--version": 1, "nonsense": 1}
     command = dice.choices(list(commands), list(commands.values()))[0]
     if command not in _FLAGS:
         return [command, *dice.choices(_VALUES, k=dice.randrange(3))]

@@ -128,33 +128,14 @@ def test_wide_numbers_fit_too() -> None:
     def spread(value: float) -> Spread:
         return Spread(value, 0.5 * value, 1.5 * value)
 
-    one = Speed(
-        "psd_f",
-        Case(131072, 8192),
-        spread(123.4),
-        spread(123456),
-        spread(12345.6),
-        spread(12.3),
-        spread(4.1e12),
-        12.3,
-    )
+    first, prefill, decode, ratio, read = map(spread, (123.4, 123456, 12345.6, 12.3, 4.1e12))
+    one = Speed("psd_f", Case(131072, 8192), first, prefill, decode, ratio, read, 12.3)
     out = io.StringIO()
     print_speeds(Console(file=out, width=80), [one], 3)
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[2].split() == [
-        "131072",
-        "8192",
-        "psd_f",
-        "123400.0",
-        "123456",
-        "50",
-        "12345.6",
-        "50",
-        "12.30",
-        "12.30",
-        "4100.0",
-    ]
+    expected = "131072 8192 psd_f 123400.0 123456 50 12345.6 50 12.30 12.30 4100.0"
+    assert lines[2].split() == expected.split()
 
 
 def test_the_command_line_writes_a_file_with_what_it_was_measured_on(
