@@ -142,7 +142,7 @@ class TokenTrace:
 
     @property
     def said(self) -> str:
-        """What the rules said of it, or how it came about, in a few words."""
+        """The rules' words on it, or how it came about where none has seen it."""
         return "; ".join(one.said for one in self.judgements) or self.how
 
     def to_dict(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_streams_and_calls_that_end_early_have_one_too(rt: Pyramid) -> None:
 def test_without_a_trace_a_verify_makes_nothing_for_one(
     tiny: Pyramid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same calls of torch, in the same order, as by a verify that knows of no observer."""
+    """Nothing of observers, copies or measured numbers is called."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("a call without trace=True made an observer work")

@@ -36,7 +36,7 @@ def print_explanation(console: Console, found: Explanation) -> None:
 
 
 def words(found: Explanation) -> list[str]:
-    """What limits the pyramid, whether fewer tiers would be faster, and how far the model may be trusted."""
+    """The verdict in sentences: the limit, whether fewer tiers would be faster, and how good the model is."""
     return [_limit(found), _fewer(found), _trust(found), _extent(found)]
 
 

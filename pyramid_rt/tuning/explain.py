@@ -65,7 +65,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What limits a pyramid.
+    """The outcome: speeds, acceptances, and what limits a pyramid.
 
     Attributes:
         tiers: names of the pyramid's tiers, small to large.

@@ -31,16 +31,6 @@ CHAINS: tuple[tuple[Rule, ...], ...] = (
 )
 
 
-class KernelTier(DeviceTableTier):
-    """A table tier whose pyramid runs rounds of kernels; it has no other way to process a prompt."""
-
-    device_rounds = True
-    bulk = 0
-
-    def whole_chunks(self, prompt: int) -> int:
-        return 0
-
-
 @pytest.fixture(autouse=True)
 def on_device() -> Iterator[None]:
     torch.set_default_device(DEVICE)
@@ -55,7 +45,7 @@ def decoded(kind: Any, rules: Sequence[Rule], **options: Any) -> GenerationResul
     rt = Pyramid(tiers, rules, control="device", eos_token_ids=[3])
     result = rt.generate([1, 2, 0], lengths=(2, 3)[: len(rules)], max_new_tokens=14, seed=6, **options)
     engines: list[Engine] = list(rt._kept.values())
-    assert isinstance(engines[0]._rounds, KernelRoundRunner) == (kind is KernelTier)
+    assert isinstance(engines[0]._rounds, KernelRoundRunner) == (kind is DeviceTableTier)
     return result
 
 
@@ -74,8 +64,8 @@ def rounded(judged: JudgedToken) -> JudgedToken:
 @pytest.mark.parametrize("rules", CHAINS, ids=str)
 def test_kernels_and_torch_tell_the_same(rules: tuple[Rule, ...], temperature: float) -> None:
     options = {"temperature": temperature, "ignore_eos": True}
-    plain = decoded(KernelTier, rules, **options)
-    found = decoded(KernelTier, rules, trace=True, **options)
+    plain = decoded(DeviceTableTier, rules, **options)
+    found = decoded(DeviceTableTier, rules, trace=True, **options)
     expected = decoded(TableTier, rules, trace=True, **options)
     assert plain.tokens == found.tokens == expected.tokens
     assert found.trace is not None
@@ -95,7 +85,9 @@ def test_kernels_and_torch_tell_the_same(rules: tuple[Rule, ...], temperature: f
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.9, "min_p": 0.05}], ids=str)
 def test_with_filters(filters: dict[str, Any]) -> None:
     rules = (Fuzzy(0.2), Rejection())
-    runs = [decoded(kind, rules, trace=True, temperature=0.9, **filters) for kind in (KernelTier, TableTier)]
+    runs = [
+        decoded(kind, rules, trace=True, temperature=0.9, **filters) for kind in (DeviceTableTier, TableTier)
+    ]
     traces = [run.trace for run in runs]
     assert traces[0] is not None
     assert traces[1] is not None

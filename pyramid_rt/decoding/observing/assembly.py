@@ -73,7 +73,7 @@ class TraceBuilder:
 def _judgements(
     position: int, records: Sequence[VerifyRecord]
 ) -> tuple[list[JudgedToken], list[JudgedToken]]:
-    """What let the token stand that was committed at a position, and what had fallen there before, in one round.
+    """Judgements that let the token stand that was committed at a position, and those of tokens that fell there.
 
     The round's last verify is the target's. What a lower tier had let stand goes where a tier puts a token of its
     own there, or lets an earlier one fall; then the lower tier looks at the position again.
