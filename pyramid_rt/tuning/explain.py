@@ -161,8 +161,7 @@ def _setting(pyramid: Pyramid, method: str | None) -> Setting:
 def _explained(session: Session, setting: Setting) -> Explanation:
     pyramid = session.pyramid
     names = tuple(tier.name for tier in pyramid.tiers)
-    last = len(names) - 1
-    upper = (0, last) if setting.method == "fsd" else (last - 1, last)
+    levels = tiers_of(setting.method, len(names))
     acceptances = _Acceptances(session)
     model = Model(
         tiers=len(names),
@@ -170,13 +169,13 @@ def _explained(session: Session, setting: Setting) -> Explanation:
         acceptance=acceptances,
         thresholds={
             "qualifier_threshold": [0.0, *thresholds(session.traces, (0, 1))],
-            "target_threshold": thresholds(session.traces, upper),
+            "target_threshold": thresholds(session.traces, (levels[-2], levels[-1])),
         },
         common=session.common,
         host_control=pyramid.control == "host",
     )
     settings = [Setting(BASELINE), setting]
-    if len(tiers_of(setting.method, len(names))) > 2:
+    if len(levels) > 2:
         settings.append(model.fastest(with_lengths(without_qualifier(setting))))
     race = session.race(settings)
     stages = [_stages(one, race, place, names) for place, one in enumerate(settings)]
@@ -186,7 +185,7 @@ def _explained(session: Session, setting: Setting) -> Explanation:
     return Explanation(
         tiers=names,
         setting=setting,
-        names=tuple(names[level] for level in tiers_of(setting.method, len(names))),
+        names=tuple(names[level] for level in levels),
         common=session.common,
         costs=session.costs,
         model=throughput(model.chain(setting)),

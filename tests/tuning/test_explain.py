@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.positions import FakeClock, logits_of, pyramid_of, related
+from helpers.positions import FakeClock, PositionTier, logits_of, pyramid_of, related
 from rich.console import Console
 
-from pyramid_rt import Fuzzy, InputError, Match, cli
+from pyramid_rt import Fuzzy, InputError, Match, Pyramid, cli
 from pyramid_rt.api import demo_weights
 from pyramid_rt.cli.explain_report import explanation_object, print_explanation, words
 from pyramid_rt.decoding.rules import Rule
@@ -30,10 +31,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return clock
 
 
+def seconds_of(each: float, width: int) -> float:
+    """A pass that takes as long whatever its width."""
+    return each
+
+
 def explained(
     clock: FakeClock, shares: Sequence[float], seconds: Sequence[float], **options: Any
 ) -> Explanation:
-    costs = [lambda width, each=each: each for each in seconds]
+    costs = [partial(seconds_of, each) for each in seconds]
     defaults = options.pop("defaults", {})
     rt = pyramid_of([logits_of(t) for t in related(shares, 2)], costs, clock, defaults=defaults)
     return explain(rt, PROMPTS, clock=clock, budget=1e9, repeats=2, **options)
@@ -163,3 +169,18 @@ def test_the_command_line_wants_prompts_of_your_own(
 ) -> None:
     assert cli.main(["explain", str(tiny_dir), "--device=cpu"]) == 2
     assert "--prompts FILE is needed: acceptance is measured on texts" in capsys.readouterr().err
+
+
+def test_a_chain_of_four_tiers_is_explained_by_the_three_that_its_methods_use(clock: FakeClock) -> None:
+    logits = [logits_of(tokens) for tokens in related([0.5, 0.9, 0.3], 2)]
+    costs = (0.01, 0.1, 0.5, 1.0)
+    tiers = [
+        PositionTier(f"tier {place}", table, partial(seconds_of, each), clock)
+        for place, (table, each) in enumerate(zip(logits, costs, strict=True))
+    ]
+    found = explain(Pyramid(tiers), PROMPTS, clock=clock, budget=1e9, method="psd_f", max_new_tokens=30)
+    assert found.names == ("tier 0", "tier 1", "tier 3")
+    assert [(s.proposing, s.verifying) for s in found.run[1].stages] == [
+        ("tier 0", "tier 1"),
+        ("tier 1", "tier 3"),
+    ]
