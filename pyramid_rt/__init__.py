@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     )
     from pyramid_rt.params import Options, SamplingParams
     from pyramid_rt.pyramid import Pyramid
-    from pyramid_rt.result import GenerationResult, TokenLogprobs
+    from pyramid_rt.result import GenerationResult, GenerationTrace, TokenLogprobs
     from pyramid_rt.stats import Stats, TierStats
     from pyramid_rt.streaming import AsyncStream, Stream
+    from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ __all__ = [
     "BusyError",
     "Fuzzy",
     "GenerationResult",
+    "GenerationTrace",
     "GraphCaptureError",
     "InputError",
+    "JudgedToken",
     "Match",
     "MemoryPlanError",
     "NonFiniteLogitsError",
@@ -51,8 +54,10 @@ __all__ = [
     "Stream",
     "TierStats",
     "TokenLogprobs",
+    "TokenTrace",
     "TokenizerError",
     "UnsupportedModelError",
+    "VerifyRecord",
     "WeightsError",
     "demo_weights",
     "generate",
@@ -76,9 +81,10 @@ _EXPORTS = {
     ),
     "pyramid_rt.params": ("Options", "SamplingParams"),
     "pyramid_rt.pyramid": ("Pyramid",),
-    "pyramid_rt.result": ("GenerationResult", "TokenLogprobs"),
+    "pyramid_rt.result": ("GenerationResult", "GenerationTrace", "TokenLogprobs"),
     "pyramid_rt.stats": ("Stats", "TierStats"),
     "pyramid_rt.streaming": ("AsyncStream", "Stream"),
+    "pyramid_rt.trace": ("JudgedToken", "TokenTrace", "VerifyRecord"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 # Modules that `import pyramid_rt` alone has always made reachable as attributes.

@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    trace: bool
     add_special_tokens: bool | None
     continue_final_message: bool | None
     heal: bool
@@ -122,6 +123,8 @@ class SamplingParams:
         stop_token_ids: ids that end the text as end-of-sequence does.
         ignore_eos: decode past the model's own end-of-sequence tokens.
         logprobs: report the target's log-probability of each token and this many most likely ones.
+        trace: report for each token which tier proposed it and what each rule said of it; rounds are then read one by
+            one, and not captured as graphs. It changes no token.
         add_special_tokens: True: a text gets what the tokenizer adds (as a BOS), a rendered chat too. False: nothing
             is added. None: a text gets it unless it begins with it already, and a chat does not.
         continue_final_message: True: the model goes on with a chat's last message. False: it answers it. None: it
@@ -152,6 +155,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    trace: bool = False
     add_special_tokens: bool | None = None
     continue_final_message: bool | None = None
     heal: bool = False
@@ -320,6 +324,7 @@ _CHECKS: dict[str, _Check] = {
     "stop_token_ids": _integers(0),
     "ignore_eos": checks.flag,
     "logprobs": _or_none(_integer(0)),
+    "trace": checks.flag,
     "add_special_tokens": _or_none(checks.flag),
     "continue_final_message": _or_none(checks.flag),
     "heal": checks.flag,

@@ -350,7 +350,8 @@ class Pyramid:
         names = tuple(tier.name for tier in tiers)
         if by_kernels(tiers, plan):
             plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
-        key = (names, rules, plan.lengths, plan.inner_rounds, plan.sampled, plan.filters, plan.logprobs)
+        shape = (plan.lengths, plan.inner_rounds, plan.sampled, plan.filters, plan.logprobs, plan.trace)
+        key = (names, rules, shape)
         if key not in self._kept:
             for tier in tiers:
                 if isinstance(tier, ModelTier):
@@ -364,7 +365,7 @@ class Pyramid:
                 self.vocab_size,
                 self.max_seq,
                 self.place,
-                self._recorder,
+                None if plan.trace else self._recorder,  # what a graph did cannot be watched
                 stepwise=self._stepwise,
             )
         self._kept.move_to_end(key)

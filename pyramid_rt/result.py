@@ -1,11 +1,14 @@
-"""The result of a generation: text, tokens, statistics."""
+"""The result of a generation: text, tokens, statistics, trace."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pyramid_rt.stats import Stats
+from pyramid_rt.trace import TokenTrace, VerifyRecord
+from pyramid_rt.trace_view import html_view, stdout_has_colours, terminal_view
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
@@ -29,6 +32,51 @@ class TokenLogprobs:
     top_texts: tuple[str, ...] = ()
 
 
+class GenerationTrace(list[TokenTrace]):
+    """One entry per committed token; `str` of it is a view for a terminal, and a notebook shows it as HTML.
+
+    Attributes:
+        rounds: every verify, in the order in which they happened, with the proposals that fell. After a stop string
+            there may be some of tokens that were not kept.
+        tiers: names of the chain's tiers, small to large.
+    """
+
+    def __init__(
+        self,
+        tokens: Iterable[TokenTrace] = (),
+        rounds: Iterable[VerifyRecord] = (),
+        tiers: Sequence[str] = (),
+    ) -> None:
+        super().__init__(tokens)
+        self.rounds, self.tiers = list(rounds), tuple(tiers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tiers, tokens and rounds as plain dicts, lists, texts and numbers, for JSON."""
+        return {
+            "tiers": list(self.tiers),
+            "tokens": [token.to_dict() for token in self],
+            "rounds": [record.to_dict() for record in self.rounds],
+        }
+
+    def view(self, *, colour: bool = False, width: int = 80) -> str:
+        """Legend, text and a line for each token.
+
+        Args:
+            colour: paint each token in its tier's colour, with the codes that terminals know.
+            width: columns, at least 40.
+        """
+        return terminal_view(self, colour=colour, width=width)
+
+    def __str__(self) -> str:
+        return self.view(colour=stdout_has_colours())
+
+    def __repr__(self) -> str:
+        return f"GenerationTrace({len(self)} tokens, {len(self.rounds)} verifies)"
+
+    def _repr_html_(self) -> str:
+        return html_view(self)
+
+
 _SHOWN = 40  # characters of the text in `repr`
 
 
@@ -44,6 +92,7 @@ class GenerationResult:
         stats: see `Stats`.
         seed: the seed that was used; the same seed gives the same tokens.
         logprobs: one entry per token, or None when not asked for.
+        trace: likewise, of how each token came about; its `rounds` have the proposals that fell.
     """
 
     text: str
@@ -52,6 +101,7 @@ class GenerationResult:
     stats: Stats
     seed: int
     logprobs: list[TokenLogprobs] | None = None
+    trace: GenerationTrace | None = None
 
     @property
     def usage(self) -> dict[str, int]:
@@ -60,7 +110,7 @@ class GenerationResult:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, texts and numbers, for JSON; `logprobs` only where asked for."""
+        """Everything as plain dicts, lists, texts and numbers, for JSON; `logprobs` and `trace` where asked for."""
         content = {
             "text": self.text,
             "tokens": list(self.tokens),
@@ -71,6 +121,8 @@ class GenerationResult:
         }
         if self.logprobs is not None:
             content["logprobs"] = [asdict(entry) for entry in self.logprobs]
+        if self.trace is not None:
+            content["trace"] = self.trace.to_dict()
         return content
 
     def __str__(self) -> str:

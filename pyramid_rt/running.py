@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.generation import Generation
+from pyramid_rt.decoding.observing.assembly import TraceBuilder
 from pyramid_rt.decoding.place import inside
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
-from pyramid_rt.result import FinishReason, GenerationResult, TokenLogprobs
+from pyramid_rt.result import FinishReason, GenerationResult, GenerationTrace, TokenLogprobs
 from pyramid_rt.stats import Timing, no_work, summarise
 from pyramid_rt.streaming import Ending, Work
 from pyramid_rt.text.detokenizer import TextAssembler
@@ -58,7 +59,8 @@ class Request:
             timing=Timing(None, 0.0),
         )
         logprobs: list[TokenLogprobs] | None = None if self.params.logprobs is None else []
-        return GenerationResult("", [], reason, stats, self.seed, logprobs)
+        trace = GenerationTrace(tiers=self.names) if self.params.trace else None
+        return GenerationResult("", [], reason, stats, self.seed, logprobs, trace)
 
     @property
     def lossless(self) -> bool:
@@ -139,6 +141,7 @@ class Run:
         )
         self.tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._trace = TraceBuilder(request.names, self._spell) if request.params.trace else None
         self._started = False
         self._first: float | None = None
         self._busy = time.perf_counter() - begin
@@ -154,6 +157,9 @@ class Run:
         begin = time.perf_counter()
         commit = self._generation.advance() if self._started else self._generation.start()
         self._started = True
+        if self._trace is not None:
+            position = len(self._request.prompt) + len(self.tokens)
+            self._trace.add(position, commit.tokens, commit.records, commit.how)
         self.tokens += commit.tokens
         self._logprobs += [self._spelt(entry) for entry in commit.logprobs]
         piece = ""
@@ -162,10 +168,15 @@ class Run:
             if self._text.stopped:
                 # The device may have run on past the stop string; those tokens are discarded.
                 del self.tokens[self._text.tokens_used :], self._logprobs[self._text.tokens_used :]
+                if self._trace is not None:
+                    self._trace.cut(len(self.tokens))
         self._busy += time.perf_counter() - begin
         if self._first is None and self.tokens:
             self._first = self._busy
         return piece
+
+    def _spell(self, token: int) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.token_text(token)
 
     def _spelt(self, entry: TokenLogprobs) -> TokenLogprobs:
         """The same with the texts of its tokens."""
@@ -208,4 +219,5 @@ class Run:
             stats=stats,
             seed=request.seed,
             logprobs=self._logprobs if request.params.logprobs is not None else None,
+            trace=None if self._trace is None else self._trace.trace(),
         )

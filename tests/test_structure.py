@@ -21,7 +21,18 @@ MOST_MODULES = 17
 # The face has two storeys: what every room may name, and what stands above decoding and loading.
 RECORDS = {
     f"pyramid_rt.{name}"
-    for name in ("checks", "errors", "gate", "json_files", "params", "result", "stats", "streaming")
+    for name in (
+        "checks",
+        "errors",
+        "gate",
+        "json_files",
+        "params",
+        "result",
+        "stats",
+        "streaming",
+        "trace",
+        "trace_view",
+    )
 }
 # Rooms of pyramid_rt, each with those below it that it may import; kernels and models lie below all of them.
 BELOW = {

@@ -71,8 +71,18 @@ TUNE_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("--divergence", str, "the kind that thresholds are for; by default the pyramid's own, or js"),
     ("--max-differs", float, "with --lossy: the largest share of tokens that are not the target's own (0.1)"),
 )
+EXPLAIN_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("--method", str, "what to explain; by default the pyramid's own method"),
+    ("--max-new-tokens", int, "length of each output (64)"),
+    ("--repeats", int, "how often the settings are run (3)"),
+    (
+        "--budget",
+        float,
+        "seconds for everything; what must be measured once is, even if it takes longer (60)",
+    ),
+)
 PROMPTS_HELP = (
-    'what to tune for: .jsonl or .ndjson with {"prompt": ...} or {"messages": [...]} on each line, '
+    'texts like those that it is for: .jsonl or .ndjson with {"prompt": ...} or {"messages": [...]} on each line, '
     "or text with a line of just --- between two prompts"
 )
 INIT_FLAGS: tuple[tuple[str, bool, str], ...] = (
@@ -130,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_info(commands)
     _add_tune(commands)
+    _add_explain(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -158,6 +170,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     parser.add_argument("--heal", action="store_true", help="go on within the prompt's last word or blank")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="show which tier proposed each token, and what the rules said of it",
+    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
@@ -198,3 +215,44 @@ def _add_tune(commands: Any) -> None:
     parser.add_argument("--lossy", action="store_true", help="consider fsd, psd_a and psd_f too")
     parser.add_argument("--dry-run", action="store_true", help="print only; pyramid.json stays as it is")
     parser.add_argument("--json", type=_path, metavar="FILE", help="write all measurements to this file")
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _command(commands, "explain", "measure a pyramid and say what limits its speed")
+    parser.add_argument("weights", type=_path, metavar="DIR", help="weights directory with two tiers or more")
+    _add_device_flags(parser)
+    for flag, kind, text in EXPLAIN_FLAGS:
+        parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument("--prompts", type=_path, metavar="FILE", help=PROMPTS_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(commands, "bench", "measure prefill and decode speed of the methods")
+    parser.add_argument("weights", type=_path, metavar="DIR", help="weights directory")
+    _add_device_flags(parser)
+    parser.add_argument(
+        "--prompt-tokens", type=_lengths, metavar="N,...", help="lengths of the prompts (128,512)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_lengths, metavar="N,...", help="lengths of the outputs, 2 or more (128)"
+    )
+    parser.add_argument(
+        "--methods",
+        type=_names,
+        metavar="NAME,...",
+        help="by default ar, sd and psd, as far as there are tiers",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="how often everything is measured (3)")
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write everything measured to this file")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers by commas, found {text!r}") from None

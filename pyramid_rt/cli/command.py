@@ -1,4 +1,4 @@
-"""The commands of the command line: what `generate`, `init`, `demo`, `info` and `tune` do."""
+"""The commands of the command line: what `generate`, `init`, `demo`, `info`, `tune` and the others do."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pyramid_rt import api
-from pyramid_rt.cli import race, report, tune_report
-from pyramid_rt.cli.arguments import GENERATION_FLAGS, LOADING_FLAGS, PROGRAM, option_name
+from pyramid_rt.cli import bench_report, explain_report, race, report, tune_report
+from pyramid_rt.cli.arguments import EXPLAIN_FLAGS, GENERATION_FLAGS, LOADING_FLAGS, PROGRAM, option_name
+from pyramid_rt.decoding.methods import LOSSLESS_METHODS
 from pyramid_rt.errors import InputError
 from pyramid_rt.loading import directory
 from pyramid_rt.loading.defaults import check_tunable, write_defaults
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.text.prompts import FilePrompt, encode, read_prompts
 from pyramid_rt.tuning.compare import compare
+from pyramid_rt.tuning.explain import explain
 from pyramid_rt.tuning.search import TuneOptions, tune
+from pyramid_rt.tuning.speeds import default_lengths, measure_speeds
 
 if TYPE_CHECKING:
     from pyramid_rt.pyramid import Pyramid
@@ -61,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         "demo": _run_demo,
         "info": _run_info,
         "tune": _run_tune,
+        "explain": _run_explain,
+        "bench": _run_bench,
     }
     with _notes():
         return commands[arguments.command](arguments)
@@ -75,6 +80,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
         given["stop"] = arguments.stop
     if arguments.heal:
         given["heal"] = True
+    if arguments.trace:
+        given["trace"] = True
     with _loaded(arguments) as pyramid:
         if len(pyramid.tiers) > 1 and not {"method"} & (given.keys() | pyramid.defaults.keys()):
             _LOG.warning(_NEVER_TUNED, pyramid.default_method, arguments.weights)
@@ -85,6 +92,8 @@ def _run_generate(arguments: argparse.Namespace) -> int:
         with contextlib.closing(pyramid.stream(prompt, ignore_eos=arguments.ignore_eos, **given)) as stream:
             _show(stream)
             result = stream.result
+        if result.trace is not None:
+            print(result.trace.view(colour=_stderr().is_terminal), file=sys.stderr)
         _stderr().print(report.summary(result), style="dim", highlight=False, soft_wrap=True)
     return 0
 
@@ -160,7 +169,7 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         _check_output("--json", arguments.json)
     check_tunable(arguments.weights, writing=not arguments.dry_run)
-    prompts = _tune_prompts(arguments)
+    prompts = _prompts(arguments, "settings are tuned for")
     with _loaded(arguments) as pyramid:
         assert pyramid.tokenizer is not None  # every directory has one
         ids = [encode(prompt, pyramid.tokenizer, pyramid.max_seq) for prompt in prompts]
@@ -177,6 +186,54 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     chosen = json.dumps(tuning.defaults())
     done = "Not written (--dry-run)" if file is None else f"Written to {file}"
     console.print(f"{done}: {chosen}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _run_explain(arguments: argparse.Namespace) -> int:
+    check_tunable(arguments.weights, writing=False)
+    prompts = _prompts(arguments, "acceptance is measured on")
+    with _loaded(arguments) as pyramid:
+        assert pyramid.tokenizer is not None  # every directory has one
+        ids = [encode(prompt, pyramid.tokenizer, pyramid.max_seq) for prompt in prompts]
+        with _stderr().status("measuring") as status:
+            found = explain(
+                pyramid,
+                ids,
+                on_step=lambda step: status.update(f"measuring: {step}"),
+                **_given(arguments, EXPLAIN_FLAGS),
+            )
+        machine = report.machine(pyramid)
+    if arguments.json:
+        print(json.dumps(explain_report.explanation_object(found, machine)))
+        return 0
+    console = _stdout()
+    console.print(machine, style="dim")
+    explain_report.print_explanation(console, found)
+    return 0
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None:
+        _check_output("--json", arguments.json)
+    with _loaded(arguments) as pyramid:
+        methods = arguments.methods or [name for name in LOSSLESS_METHODS if name in pyramid.methods]
+        prompt_tokens, new_tokens = default_lengths(pyramid.max_seq, arguments.new_tokens)
+        with _stderr().status("measuring") as status:
+            speeds = measure_speeds(
+                pyramid,
+                methods,
+                arguments.prompt_tokens or prompt_tokens,
+                new_tokens,
+                repeats=arguments.repeats,
+                on_step=lambda step: status.update(f"measuring: {step}"),
+            )
+        machine = report.machine(pyramid)
+        content = bench_report.speeds_object(pyramid, speeds, arguments.repeats)
+    if arguments.json is not None:
+        _write(arguments.json, json.dumps(content, indent=1) + "\n")
+    console = _stdout()
+    console.print(machine, style="dim")
+    bench_report.print_speeds(console, speeds, arguments.repeats)
     return 0
 
 
@@ -216,12 +273,13 @@ def _umask() -> int:
     return mask
 
 
-def _tune_prompts(arguments: argparse.Namespace) -> list[FilePrompt]:
+def _prompts(arguments: argparse.Namespace, why: str) -> list[FilePrompt]:
+    """The prompts to measure on; `why` says in an error what they are for."""
     if arguments.prompts is not None:
         return read_prompts(arguments.prompts)
     if arguments.weights.resolve() != api.demo_weights().resolve():
         raise InputError(
-            f"--prompts FILE is needed: settings are tuned for texts like those that {arguments.weights} will get; "
+            f"--prompts FILE is needed: {why} texts like those that {arguments.weights} will get; "
             "only the demo pyramid has prompts of its own"
         )
     return [FilePrompt("demo prompt", prompt) for prompt in DEMO_PROMPTS]

@@ -12,7 +12,7 @@ from rich.table import Table
 from pyramid_rt.decoding.methods import TIERS_NEEDED
 from pyramid_rt.tuning.candidates import agreement, standing_share, thresholds
 from pyramid_rt.tuning.compare import BASELINE
-from pyramid_rt.tuning.replay import Prediction, Setting
+from pyramid_rt.tuning.replay import Costs, Prediction, Setting
 from pyramid_rt.tuning.search import LOSSY_GAIN, Row, Tuning
 
 _WIDTHS_SHOWN = (1, 2, 4, 8, 16, 32)
@@ -33,7 +33,7 @@ _WRITTEN = {
 
 def print_tuning(console: Console, tuning: Tuning) -> None:
     """Print measurements, finalists and the verdict."""
-    console.print(_passes(tuning))
+    console.print(passes_table(tuning.tiers, tuning.costs))
     console.print()
     console.print(_agreement(tuning))
     console.print()
@@ -114,13 +114,13 @@ def _prediction(one: Prediction) -> dict[str, Any]:
     }
 
 
-def _passes(tuning: Tuning) -> Table:
-    """Milliseconds of a forward pass."""
+def passes_table(tiers: Sequence[str], costs: Costs) -> Table:
+    """Milliseconds of a forward pass of each tier, by its width."""
     table = _table("ms per forward pass, by tokens in it")
-    shown = [width for width in _WIDTHS_SHOWN if width <= max(c.widths[-1] for c in tuning.costs.curves)]
+    shown = [width for width in _WIDTHS_SHOWN if width <= max(c.widths[-1] for c in costs.curves)]
     for width in shown:
         table.add_column(str(width), justify="right")
-    for name, curve in zip(tuning.tiers, tuning.costs.curves, strict=True):
+    for name, curve in zip(tiers, costs.curves, strict=True):
         cells = (f"{1000 * curve.at(width):.2f}" if width <= curve.widths[-1] else "" for width in shown)
         table.add_row(name, *cells)
     return table

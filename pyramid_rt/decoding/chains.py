@@ -75,4 +75,5 @@ def build_plan(params: SamplingParams, rules: tuple[Rule, ...], *, host_control:
         sampled=params.temperature > 0,
         filters=params.filters,
         logprobs=params.logprobs,
+        trace=params.trace,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.graphs import Capture, Graphs, Recorder
+from pyramid_rt.decoding.observing import Observer, VerifyRecord
 from pyramid_rt.decoding.place import Place, inside
 from pyramid_rt.decoding.readback import RoundReader, Snapshot
 from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer
@@ -73,7 +74,7 @@ class Engine:
         vocab_size: columns of the logits that are decoded over.
         max_seq: positions of the caches, slack excluded.
         place: of the buffers; everything here happens inside it.
-        recorder: captures rounds; None runs them eagerly.
+        recorder: captures rounds; None runs them eagerly, as a plan with `trace` needs it.
         stepwise: capture the steps of a round separately.
     """
 
@@ -100,8 +101,12 @@ class Engine:
         self.state = make(plan, max_seq, vocab_size, self.place.device)
         # Under device control the next round starts before the last one is read. Log-probabilities are read
         # from rows that the next round overwrites.
-        self.ahead = 0 if plan.host_control or plan.logprobs is not None else 1
+        self.ahead = 0 if plan.host_control or plan.logprobs is not None or plan.trace else 1
         self._rounds = rounds_for(tiers, plan, self.state, vocab_size)
+        self._observer: Observer | None = None
+        if plan.trace:
+            self._observer = Observer(plan.rules, [tier.name for tier in tiers])
+            self._rounds.watched_by(self._observer)
         self._reader = RoundReader(plan, self.state, self.ahead, self.place)
         self._graphs: Graphs | None = None
         if recorder is not None:
@@ -173,6 +178,8 @@ class Engine:
         self._clock = clock
         self._reader.restart(end)
         self._rounds.restart(clock)
+        if self._observer is not None:
+            self._observer.restart()
 
     @inside
     def fill(self, level: int, begin: int, end: int) -> None:
@@ -246,6 +253,11 @@ class Engine:
     def read(self) -> Snapshot:
         """The oldest round that was not read; waits for it."""
         return self._reader.take()
+
+    @inside
+    def observed(self) -> list[VerifyRecord]:
+        """The verifies of the round that was read, where the plan has them watched."""
+        return [] if self._observer is None else self._observer.take()
 
     def _call(self, name: str, known_end: int, work: Capture) -> None:
         """Some work on the device, captured where there are graphs."""

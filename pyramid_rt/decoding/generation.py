@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyramid_rt.decoding.counters import COUNTERS
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.healing import Constraint, draw
+from pyramid_rt.decoding.observing import VerifyRecord
 from pyramid_rt.decoding.place import inside
 from pyramid_rt.decoding.readback import Snapshot
 from pyramid_rt.decoding.tiers import PromptTier, shared_prefix
@@ -19,14 +20,23 @@ from pyramid_rt.kernels.limits import NO_POSITION
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.result import TokenLogprobs
 from pyramid_rt.stats import ForwardClock
+from pyramid_rt.trace import How
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The tokens of one outer round (or of the prompt's end), as the host sees them."""
+    """The tokens of one outer round (or of the prompt's end), as the host sees them.
+
+    Attributes:
+        tokens: their ids. logprobs: theirs, where asked for.
+        records: the verifies of the round, where the plan has them watched.
+        how: tokens came about that no verify has seen.
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    records: list[VerifyRecord] = field(default_factory=list)
+    how: How = "plain"
 
 
 class Generation:
@@ -111,7 +121,7 @@ class Generation:
         self._engine.first_token(begin, len(self._prompt))
         self._filled[-1] = True
         self._clock.restart()
-        return self._read()
+        return replace(self._read(), how="first")
 
     def _draw(self, constraint: Constraint, begin: int) -> Commit:
         """The tokens under the constraint. What follows takes them for the end of the prompt."""
@@ -135,7 +145,7 @@ class Generation:
         self._engine.restart(len(self._prompt), self._clock)
         self.stopped = bool(self._stop_ids.intersection(drawn.tokens[-1:]))
         self.finished = self.stopped or len(self._prompt) >= self._limit
-        return Commit(drawn.tokens, self._logprobs(drawn.tokens, drawn.rows))
+        return Commit(drawn.tokens, self._logprobs(drawn.tokens, drawn.rows), how="healed")
 
     @inside
     def close(self) -> None:
@@ -259,7 +269,7 @@ class Generation:
         self._last = snapshot
         self.stopped = snapshot.ended
         self.finished = self.stopped or snapshot.end >= self._limit
-        return Commit(snapshot.tokens, logprobs)
+        return Commit(snapshot.tokens, logprobs, self._engine.observed())
 
     def _logprobs(self, tokens: list[int], rows: Tensor | None) -> list[TokenLogprobs]:
         if rows is None or self._plan.logprobs is None or not tokens:

@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyramid_rt.decoding.observing import Observer
+from pyramid_rt.decoding.observing.kernels import KernelObserver
 from pyramid_rt.decoding.recursion import (
     Recursion,
     Segment,
@@ -49,11 +51,13 @@ class Stage:
         section: the name of the part of a round that they belong to; empty for a prompt's.
         level: the tier whose forward pass they are; None for decisions.
         launches: in order.
+        judge: the tier whose verify they decide; None where they decide none.
     """
 
     section: str
     level: int | None
     launches: tuple[Runnable, ...]
+    judge: int | None = None
 
 
 class KernelSteps:
@@ -120,7 +124,8 @@ class KernelSteps:
                 processed=rule.needs_below_processed,
                 stored=stored or late,
                 until=until,
-            )
+            ),
+            judge=level,
         )
 
     def fill(self, level: int, start: Tensor) -> None:
@@ -174,9 +179,9 @@ class KernelSteps:
         """Write down the launches of a forward pass."""
         self.stages.append(Stage(self.section, level, tuple(self.tiers[level].device_forward(request))))
 
-    def decide(self, launch: Runnable) -> None:
-        """Write down a launch that is no forward pass."""
-        self.stages.append(Stage(self.section, None, (launch,)))
+    def decide(self, launch: Runnable, judge: int | None = None) -> None:
+        """Write down a launch that is no forward pass; `judge` as in `Stage`."""
+        self.stages.append(Stage(self.section, None, (launch,), judge))
 
 
 class KernelRoundRunner:
@@ -211,6 +216,7 @@ class KernelRoundRunner:
         self._at = torch.zeros((), dtype=torch.int64, device=state.tokens.device)
         self.moved: Sequence[Tensor] = (self._at,)
         self._recorded: dict[tuple[str, int], tuple[Stage, ...]] = {}
+        self._observer: KernelObserver | None = None
 
     def stages(self, kv_bound: int) -> tuple[Stage, ...]:
         """An outer round that looks at the cache up to `kv_bound`; written down at the first call."""
@@ -239,6 +245,10 @@ class KernelRoundRunner:
     def restart(self, clock: TierTimer | None) -> None:
         """See `RoundRunner`."""
         self.clock = clock
+
+    def watched_by(self, observer: Observer) -> None:
+        """See `RoundRunner`."""
+        self._observer = KernelObserver(observer, self.plan, self.decode_state)
 
     def park(self, context: int) -> None:
         """See `RoundRunner`."""
@@ -294,10 +304,14 @@ class KernelRoundRunner:
         self.first()
 
     def _run(self, stages: Sequence[Stage]) -> None:
+        watching = self._observer
         for stage in stages:
+            seen = None if watching is None or stage.judge is None else watching.before(stage.judge)
             with timing(self.clock, stage.level):
                 for launch in stage.launches:
                     launch.run()
+            if watching is not None and seen is not None:
+                watching.after(seen)
 
 
 def rule_name(rule: Rule) -> decision.RuleName:

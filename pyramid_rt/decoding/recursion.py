@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from pyramid_rt.decoding.observing import Observer
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan
 
 _BOUND_STEP = 256  # device control looks at the cache up to a multiple of this
@@ -87,6 +88,10 @@ class RoundRunner(Protocol):
 
     def restart(self, clock: TierTimer | None) -> None:
         """A new request, with a seed of its own, begins; its forwards are timed by this clock."""
+        ...
+
+    def watched_by(self, observer: Observer) -> None:
+        """From now on the observer sees every verify; rounds are then not captured."""
         ...
 
     def park(self, context: int) -> None:

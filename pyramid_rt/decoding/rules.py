@@ -50,6 +50,22 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """The numbers that a verdict came from, for those who watch; None where the rule looks at none.
+
+    Attributes:
+        divergence: float32 [m], between the two tiers' distributions.
+        p, q: float32 [m], the proposed token's probability at the verifying tier, and where it was drawn.
+        uniform: float32 [m], the token stands where uniform q < p.
+    """
+
+    divergence: Tensor | None = None
+    p: Tensor | None = None
+    q: Tensor | None = None
+    uniform: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Replayed:
     """A rule as the tuner replays it, from what the tiers would have said.
 
@@ -108,6 +124,10 @@ class Rule(Protocol):
         """The proposed tokens that stand."""
         ...
 
+    def measured(self, evidence: Evidence) -> Measured:
+        """The numbers behind `judge`; called only where somebody watches."""
+        ...
+
     def captured(self) -> Rule:
         """The rule as a captured round knows it: without what may differ from call to call."""
         ...
@@ -129,6 +149,9 @@ class RuleFacts:
     kernel_name: ClassVar[str | None] = None
     divergence_kind: ClassVar[str | None] = None
     replayed: ClassVar[Replayed | None] = None
+
+    def measured(self, evidence: Evidence) -> Measured:
+        return Measured()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +186,21 @@ class Rejection(RuleFacts):
     replayed: ClassVar[Replayed] = Replayed(None, match=True)
 
     def judge(self, evidence: Evidence) -> Verdict:
+        p, q = self._probabilities(evidence)
+        assert evidence.uniform is not None
+        return Verdict(evidence.uniform * q < p, None)
+
+    def measured(self, evidence: Evidence) -> Measured:
+        p, q = self._probabilities(evidence)
+        return Measured(p=p, q=q, uniform=evidence.uniform)
+
+    def _probabilities(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         assert evidence.processed is not None
         assert evidence.effective is not None
-        assert evidence.uniform is not None
         token = evidence.proposed.unsqueeze(-1)
         p = evidence.processed.gather(-1, token).squeeze(-1).exp()
         q = evidence.effective.gather(-1, token).squeeze(-1).exp()
-        return Verdict(evidence.uniform * q < p, None)
+        return p, q
 
     def captured(self) -> Rejection:
         return self
@@ -234,17 +265,23 @@ class Fuzzy:
         object.__setattr__(self, "divergence_on", divergence_on)
 
     def judge(self, evidence: Evidence) -> Verdict:
+        distance = self._distance(evidence)
+        close = (distance <= evidence.threshold) & (distance < math.inf)
+        if not self.or_match:
+            return Verdict(close, close)
+        return Verdict(torch.logical_or(close, evidence.proposed == evidence.own), close)
+
+    def measured(self, evidence: Evidence) -> Measured:
+        return Measured(divergence=self._distance(evidence))
+
+    def _distance(self, evidence: Evidence) -> Tensor:
         if self.divergence_on == "raw":
             p, q = evidence.raw, evidence.below_raw
         else:
             assert evidence.processed is not None
             p, q = evidence.processed, evidence.below_processed
         assert q is not None
-        distance = ops.divergence(self.divergence, p, q)
-        close = (distance <= evidence.threshold) & (distance < math.inf)
-        if not self.or_match:
-            return Verdict(close, close)
-        return Verdict(torch.logical_or(close, evidence.proposed == evidence.own), close)
+        return ops.divergence(self.divergence, p, q)
 
 
 def rows_needed(rules: tuple[Rule, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:

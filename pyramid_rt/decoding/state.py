@@ -37,6 +37,7 @@ class RoundPlan:
         sampled: own tokens are drawn with noise (temperature above 0).
         filters: top-k, top-p or min-p is on.
         logprobs: None, or how many most likely tokens to report beside each committed one.
+        trace: every verify is watched, and the host reads it after the round.
     """
 
     rules: tuple[Rule, ...]
@@ -46,6 +47,7 @@ class RoundPlan:
     sampled: bool
     filters: bool
     logprobs: int | None = None
+    trace: bool = False
     longest: tuple[int, ...] = field(init=False)
     keep_own: tuple[bool, ...] = field(init=False)
     keep_effective: tuple[bool, ...] = field(init=False)

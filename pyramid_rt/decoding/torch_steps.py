@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
+from pyramid_rt.decoding.observing import Observer, Verify
 from pyramid_rt.decoding.proposers import Proposer, ProposerTier
 from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
 from pyramid_rt.decoding.rules import Evidence, Rule, Verdict
@@ -55,6 +56,7 @@ class TorchSteps:
         self._noise_rows = _NoiseRows() if plan.host_control else None
         self._at = Cursor(plan, state)
         self._horizon = self._capacity
+        self.observer: Observer | None = None
 
     def restart(self, clock: TierTimer | None) -> None:
         """A new request, with a seed of its own; its forwards are timed by this clock."""
@@ -202,6 +204,10 @@ class TorchSteps:
             drawn = self._residual(evidence, below, accepted, position)
             token = torch.where(at.tensor(whole), token, drawn)
 
+        if self.observer is not None:
+            origin = state.origin.index_select(0, at.places(proposal, most))
+            numbers, flags = (proposal, count, accepted), (active, replace)
+            self.observer.saw(Verify.of(level, rule, evidence, origin, numbers, flags, token))
         if up and (plan.keep_own[level] or plan.keep_effective[level]):
             self._keep_rows(
                 level, proposal - base, raw, self._effective_rows(verdict, evidence, processed, prefix)
@@ -406,6 +412,10 @@ class TorchRoundRunner:
         self.moved: Sequence[Tensor] = ()
         self.steps = self.steps_class(tiers, plan, state, vocab_size, clock)
         self.recursion = Recursion(plan, self.steps)
+
+    def watched_by(self, observer: Observer) -> None:
+        """See `RoundRunner`."""
+        self.steps.observer = observer
 
     @property
     def clock(self) -> TierTimer | None:

@@ -88,7 +88,9 @@ def widest(tiers: int) -> tuple[int, ...]:
     two, three = max(DRAFT_LENGTHS_OF_TWO) + 1, max(QUALIFIER_LENGTHS) + max(DRAFT_LENGTHS_OF_THREE) + 1
     if tiers == 2:
         return tiers, two
-    return tiers, max(DRAFT_LENGTHS_OF_THREE) + tiers - 1, max(two, three)
+    # Tiers between the second and the last, in a pyramid of more than three, are in no named method.
+    between = [max(DRAFT_LENGTHS_OF_THREE) + tiers - 1] * (tiers - 2)
+    return tiers, *between, max(two, three)
 
 
 def finalists(

@@ -278,10 +278,7 @@ def _scales_of_whole_rounds(tiers: int, probes: Sequence[Probe]) -> list[float]:
 
 
 def _scaled(curves: Sequence[Curve], scales: Sequence[float]) -> tuple[Curve, ...]:
-    return tuple(
-        Curve(curve.widths, tuple(scale * seconds for seconds in curve.seconds))
-        for curve, scale in zip(curves, scales, strict=True)
-    )
+    return tuple(curve.scaled(scale) for curve, scale in zip(curves, scales, strict=True))
 
 
 def non_negative_solution(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:

@@ -141,7 +141,7 @@ class ReplaySteps:
         self.plan, self._limit, self._top = plan, trace.length, plan.tiers - 1
         self._own = [trace.own[level] for level in levels]
         pairs = zip(plan.rules, pairwise(levels), strict=True)
-        self._stands = [_standing(rule, trace, pair) for rule, pair in pairs]
+        self._stands = [standing(rule, trace, pair) for rule, pair in pairs]
         self._tokens = list(self._own[-1])
         self._cached = [0] * plan.tiers
         self.end = 1
@@ -205,7 +205,7 @@ class ReplaySteps:
             self.passes[level][1] += steps - 1
 
 
-def _standing(rule: Rule, trace: Trace, pair: tuple[int, int]) -> tuple[Sequence[bool], bool]:
+def standing(rule: Rule, trace: Trace, pair: tuple[int, int]) -> tuple[Sequence[bool], bool]:
     """The positions where a rule lets any token stand, and True where it also lets the verifier's own token stand."""
     replayed = rule.replayed
     if replayed is None:
@@ -223,7 +223,7 @@ class Curve:
     widths: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def at(self, width: int) -> float:
+    def at(self, width: float) -> float:
         """Seconds at any width: between two measured widths linear, outside them as at the nearest."""
         index = bisect_left(self.widths, width)
         if index == len(self.widths):
@@ -233,6 +233,14 @@ class Curve:
         left, right = self.widths[index - 1], self.widths[index]
         share = (width - left) / (right - left)
         return self.seconds[index - 1] * (1 - share) + self.seconds[index] * share
+
+    def scaled(self, factor: float, beside: float = 0.0) -> Curve:
+        """The same with every number times `factor`, and `beside` more seconds on each pass."""
+        return Curve(self.widths, tuple(factor * seconds + beside for seconds in self.seconds))
+
+    def flat(self) -> Curve:
+        """The same where a pass takes as long as one of a single token, whatever its width."""
+        return Curve((1,), (self.at(1),))
 
 
 @dataclass(frozen=True, slots=True)

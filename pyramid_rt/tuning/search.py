@@ -168,25 +168,33 @@ def tune(
     Raises:
         InputError: the pyramid has one tier, there is no prompt, or the target ends every text at once.
     """
-    for tier in pyramid.tiers[:1]:
-        if isinstance(tier, ProposerTier):
-            raise InputError(f"{tier.name!r} is a proposer: tune prices chains of models only")
-    if len(pyramid.tiers) < 2:
-        raise InputError(NOTHING_TO_TUNE)
-    if not prompts:
-        raise InputError("prompts: expected at least one, found none")
+    check_measurable(pyramid, prompts, "tune prices")
     kept, pyramid.prefix_reuse = pyramid.prefix_reuse, False
     try:
-        session = _Session(
-            pyramid, options, clock or device_clock(pyramid.place), on_step or (lambda _: None)
-        )
-        return session.run(prompts)
+        return Session.begin(pyramid, options, clock, on_step).run(prompts)
     finally:
         pyramid.prefix_reuse = kept
 
 
-class _Session:
-    """One search: the pyramid, the clock, and what was found so far."""
+def check_measurable(pyramid: Pyramid, prompts: Sequence[object], does: str) -> None:
+    """Refuse what the model of speeds cannot price; `does` says in an error who wants it, as "tune prices".
+
+    Raises InputError: the pyramid has one tier, or a proposer that is no model, or there is no prompt.
+    """
+    for tier in pyramid.tiers[:1]:
+        if isinstance(tier, ProposerTier):
+            raise InputError(f"{tier.name!r} is a proposer: {does} chains of models only")
+    if len(pyramid.tiers) < 2:
+        raise InputError(NOTHING_TO_TUNE)
+    if not prompts:
+        raise InputError("prompts: expected at least one, found none")
+
+
+class Session:
+    """One search: the pyramid, the clock, and what was found so far.
+
+    `prefix_reuse` of the pyramid must be off meanwhile.
+    """
 
     def __init__(
         self, pyramid: Pyramid, options: TuneOptions, clock: Now, on_step: Callable[[str], None]
@@ -195,10 +203,24 @@ class _Session:
         params = SamplingParams.build(options.common, pyramid.defaults)
         self.common = {name: getattr(params, name) for name in COMMON}
         self.length, self.silent = options.max_new_tokens, 0
-        self.begin = clock()
+        self.began = clock()
 
-    def run(self, given: Sequence[Sequence[int]]) -> Tuning:
-        """The whole search."""
+    @classmethod
+    def begin(
+        cls,
+        pyramid: Pyramid,
+        options: TuneOptions,
+        clock: Now | None,
+        on_step: Callable[[str], None] | None,
+    ) -> Session:
+        """A session from now on; arguments as of `tune`."""
+        return cls(pyramid, options, clock or device_clock(pyramid.place), on_step or (lambda _: None))
+
+    def measure(self, given: Sequence[Sequence[int]]) -> None:
+        """Fill in prompts, traces and costs: what tiers say after prompts, and what passes take.
+
+        Raises InputError: the target ends every text at once.
+        """
         self.on_step("the target's own text")
         texts = self._texts(given)
         if not texts:
@@ -216,10 +238,14 @@ class _Session:
             [*self.prompts[-1], *texts[-1].tokens],
             widest(len(self.pyramid.tiers)),
             self.clock,
-            self.begin + PASSES_SHARE * self.options.budget,
+            self.began + PASSES_SHARE * self.options.budget,
         )
         self.costs = Costs(curves, tuple(zip(*(seconds for _, seconds in recorded), strict=True)))
         self.costs = calibrated(self.costs, self._probes())
+
+    def run(self, given: Sequence[Sequence[int]]) -> Tuning:
+        """The whole search."""
+        self.measure(given)
         self.on_step("the model")
         shown = self._some_traces()
         considered = [self._predict(s, shown) for s in settings(self.traces, self.options.lossy)]
@@ -228,7 +254,7 @@ class _Session:
         now = None if current is None else self._predict(current, shown)
         chosen = finalists(considered, now, self.options.max_differs)
         contenders = self._affordable([self._predict(one.setting, self.traces) for one in chosen])
-        race = self._race([one.setting for one in contenders])
+        race = self.race([one.setting for one in contenders])
         rows = tuple(self._row(one, race, place, current) for place, one in enumerate(contenders))
         return Tuning(
             options=self.options,
@@ -268,7 +294,7 @@ class _Session:
         return self._run(self.prompts[place], setting, place)
 
     def _late(self, share: float, spare: float = 0.0) -> bool:
-        return self.clock() - self.begin + spare > share * self.options.budget
+        return self.clock() - self.began + spare > share * self.options.budget
 
     def _texts(self, given: Sequence[Sequence[int]]) -> list[_Text]:
         """The target's texts after as many prompts as the time allows."""
@@ -314,7 +340,7 @@ class _Session:
 
     def _probe(self, setting: Setting, runs: Sequence[Timed[Written]]) -> Probe:
         """The costs of a setting as its runs on the first prompts show them."""
-        plan, levels = self._chain(setting)
+        plan, levels = self.chain(setting)
         done = [replay(trace, plan, levels) for trace in self.traces[: len(runs)]]
         passes = [sum((one.passes[place] for one in done), Counter()) for place in range(len(levels))]
         replayed = [tier.total() for tier in passes]
@@ -337,12 +363,12 @@ class _Session:
 
     # The model
 
-    def _chain(self, setting: Setting) -> tuple[RoundPlan, tuple[int, ...]]:
+    def chain(self, setting: Setting) -> tuple[RoundPlan, tuple[int, ...]]:
         plan = setting.plan(self.common, host_control=self.pyramid.control == "host")
         return plan, tiers_of(setting.method, len(self.pyramid.tiers))
 
     def _predict(self, setting: Setting, traces: Sequence[Trace]) -> Prediction:
-        return predict(setting, traces, self.costs, *self._chain(setting))
+        return predict(setting, traces, self.costs, *self.chain(setting))
 
     def _some_traces(self) -> tuple[Trace, ...]:
         """The first traces, of `SEARCH_TOKENS` or a little more: thousands of settings are replayed on them."""
@@ -364,7 +390,7 @@ class _Session:
 
     # Side by side
 
-    def _race(self, contenders: Sequence[Setting]) -> Turns[Written]:
+    def race(self, contenders: Sequence[Setting]) -> Turns[Written]:
         """Run the contenders on every prompt, taking turns, as often as asked for and the time allows."""
         for setting in contenders:
             self._run(self.prompts[0], setting, 0, WARM_UP_TOKENS)

@@ -219,25 +219,20 @@ def test_rows_that_cannot_be_decided_are_reported_alike(level: int, value: Any) 
     assert firsts[0] == level
 
 
-class KernelPyramid(Pyramid):
-    """A pyramid whose rounds are launches."""
-
-    def _state(self, plan: RoundPlan) -> State:
-        return State.for_kernels(plan, self.max_seq, self.vocab_size, self.device)
-
-
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.9}, {"method": "sd"}], ids=str)
 def test_a_whole_generation(options: dict[str, Any]) -> None:
     """Through prompt, rounds, statistics and log-probabilities, end-of-sequence included."""
     results = []
-    for kind, tier in ((Pyramid, TableTier), (KernelPyramid, DeviceTableTier)):
+    for tier in (TableTier, DeviceTableTier):
         tiers = [tier(f"t{i}", table, max_seq=MAX_SEQ) for i, table in enumerate(tables_of(3, 5))]
-        rt = kind(tiers, control="device", eos_token_ids=[3])
+        rt = Pyramid(tiers, control="device", eos_token_ids=[3])
         out = rt.generate(
             [1, 2, 0], max_new_tokens=8, temperature=0.8, seed=6, draft_length=2, qualifier_length=3, logprobs=2,
             qualifier_threshold=0.1, **options,
         )  # fmt: skip
         results.append(out)
+        [engine] = rt._kept.values()
+        assert isinstance(engine._rounds, KernelRoundRunner) == (tier is DeviceTableTier)
     expected, found = results
     assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
     assert len(found.tokens) > 2

@@ -89,6 +89,13 @@ def test_the_text_is_that_of_plain_decoding(control: str, tiers: int, temperatur
     assert 0 < stats.accepted < stats.proposed
     assert stats.forwards == 0
     assert proposer.rows > 0
+    traced = pyramid.generate(PROMPT, trace=True, **options)
+    assert traced.tokens == plain.tokens
+    assert traced.trace is not None
+    judged = [one for record in traced.trace.rounds if record.level == 1 for one in record.proposed]
+    assert len(judged) == stats.proposed
+    assert sum(one.stood for one in judged) == stats.accepted
+    assert {one.proposed_by for one in judged} == {"replayer"}
     if tiers == 1:
         assert (found.stats.tokens_per_target_forward or 0.0) > 1.0
 
@@ -104,6 +111,10 @@ def test_a_proposer_that_offers_nothing_costs_nothing_but_rounds(control: str) -
         assert found.stats.tiers[0].proposed == 0
         assert found.stats.tiers[0].acceptance_rate is None
         assert found.stats.tiers[1].forwards == NEW - 1
+        pyramid = Pyramid([silent, target], rules=[rule], control=control)
+        traced = pyramid.generate(PROMPT, max_new_tokens=NEW, trace=True)
+        assert traced.trace is not None
+        assert [one.how for one in traced.trace] == ["first", *["bonus"] * (NEW - 1)]
 
 
 def sampled(runs: int) -> Tensor:

@@ -11,7 +11,7 @@ import sys
 
 from fuzz.runner import Case, Failure, Workspace
 from pyramid_rt.cli import main
-from pyramid_rt.cli.arguments import GENERATION_FLAGS, INIT_FLAGS, LOADING_FLAGS, TUNE_FLAGS
+from pyramid_rt.cli.arguments import EXPLAIN_FLAGS, GENERATION_FLAGS, INIT_FLAGS, LOADING_FLAGS, TUNE_FLAGS
 
 _VALUES = (
     "", " ", "-", "--", "-1", "0", "1", "2", "3", "0.5", "1e39", "1e400", "nan", "inf", "9" * 30, "9" * 5000, "x",
@@ -21,11 +21,13 @@ _VALUES = (
     "..", "/", "PROMPTS", "TINY", "TINY/target", "TINY/pyramid.json", "²", "٣", "0x10", "1_000",
 )  # fmt: skip
 _SWITCHES = {
-    "generate": ("--ignore-eos", "--chat", "--json"),
+    "generate": ("--ignore-eos", "--chat", "--json", "--trace"),
     "init": ("--force",),
     "demo": (),
     "info": (),
     "tune": ("--lossy", "--dry-run"),
+    "explain": ("--json",),
+    "bench": (),
 }
 _FLAGS = {
     "generate": (
@@ -38,6 +40,14 @@ _FLAGS = {
     "demo": ("--max-new-tokens", "--repeats", "--weights", "--dtype", "--max-seq"),
     "info": ("--weights", *(flag for flag, *_ in LOADING_FLAGS)),
     "tune": (*(flag for flag, *_ in (*TUNE_FLAGS, *LOADING_FLAGS)), "--prompts", "--json"),
+    "explain": (*(flag for flag, *_ in (*EXPLAIN_FLAGS, *LOADING_FLAGS)), "--prompts"),
+    "bench": (
+        "--prompt-tokens",
+        "--new-tokens",
+        "--methods",
+        "--json",
+        *(flag for flag, *_ in LOADING_FLAGS),
+    ),
 }
 _WRITTEN = ("pyramid.json", "measured.json")
 
@@ -67,15 +77,18 @@ def case(dice: random.Random, place: Workspace) -> Case:
 
 
 def _argv(dice: random.Random) -> list[str]:
-    commands = {"generate": 60, "init": 10, "info": 10, "tune": 12, "demo": 2, "--version": 1, "nonsense": 1}
+    commands = {"generate": 60, "init": 10, "info": 10, "tune": 12, "explain": 4, "bench": 4, "demo": 2}
+    commands |= {"--version": 1, "nonsense": 1}
     command = dice.choices(list(commands), list(commands.values()))[0]
     if command not in _FLAGS:
         return [command, *dice.choices(_VALUES, k=dice.randrange(3))]
     argv = [command]
     if command == "generate":
         argv += ["--device=cpu", "--max-new-tokens=2", "--weights=TINY"]
-    elif command == "tune":
+    elif command == "tune" or command == "explain":
         argv += ["--device=cpu", "--budget=0.2", "--max-new-tokens=4", "--repeats=1", "--prompts=PROMPTS"]
+    elif command == "bench":
+        argv += ["--device=cpu", "--repeats=1", "--prompt-tokens=3", "--new-tokens=4"]
     elif command == "demo":
         argv += ["--device=cpu", "--max-new-tokens=1", "--repeats=1", "--weights=TINY"]
     elif command == "init":
@@ -85,12 +98,12 @@ def _argv(dice: random.Random) -> list[str]:
         if flag in ("--budget", "--repeats") or (command == "demo" and flag == "--max-new-tokens"):
             continue
         value = dice.choice(_VALUES)
-        if (command, flag) == ("tune", "--json") and not value.startswith("/"):
+        if command in ("tune", "bench") and flag == "--json" and not value.startswith("/"):
             value = "measured.json"
         argv += [f"{flag}={value}"] if dice.random() < 0.7 else [flag, value]
     argv += dice.sample(_SWITCHES[command], dice.randrange(len(_SWITCHES[command]) + 1))
-    if command in ("generate", "init", "tune") and dice.random() < 0.95:
-        place = {"generate": dice.choice(("ab", *_VALUES)), "init": "new", "tune": "TINY"}[command]
+    if command in ("generate", "init", "tune", "explain", "bench") and dice.random() < 0.95:
+        place = {"generate": dice.choice(("ab", *_VALUES)), "init": "new"}.get(command, "TINY")
         argv += ["--", place] if dice.random() < 0.2 else [place]
     return argv
 

@@ -74,11 +74,18 @@ class TableForward:
 class DeviceTableTier(TableTier):
     """A table tier that takes part in rounds of kernels.
 
+    It has no other way to process a prompt than by windows of launches.
+
     Attributes:
         passes: how many were not skipped.
     """
 
     passes = 0
+    device_rounds = True
+    bulk = 0
+
+    def whole_chunks(self, prompt: int) -> int:
+        return 0
 
     def device_forward(self, request: DeviceForward) -> Sequence[Runnable]:
         return [TableForward(self, request)]
