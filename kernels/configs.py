@@ -155,7 +155,8 @@ def projection_config(op: Op, arch: int, rows: int, width: int, dtype: torch.dty
     if op == "head" and arch in (100, 120):
         # The noise of its epilogue takes the registers that more columns and another stage's addresses would need.
         sub_tiles, narrow_stages, wide_stages = 1, 2, 2
-    # Four warps spill where a residual is added too, on sm_100 and of float32 with steps of 64 entries; and there in qkv.
+    # Four warps spill where a residual is added too: on sm_100, where qkv needs eight as well, and of float32 with
+    # steps of 64 entries.
     residual = op == "project" and (arch == 100 or (dtype == torch.float32 and block_k > 32))
     num_warps = 8 if residual or (op == "qkv" and arch == 100) else 4
     return ProjectionConfig(block_n, block_k, splits, sub_tiles, num_warps, narrow_stages, wide_stages)

@@ -13,6 +13,15 @@ Reason = Literal["match", "close", "accepted", "stands", "mismatch", "far", "rej
 How = Literal["proposed", "correction", "bonus", "plain", "first", "healed"]
 
 
+def _told_apart(first: float, second: float) -> tuple[str, str]:
+    """Two numbers in three digits, or in as many as show that they are not equal."""
+    for digits in range(3, 18):
+        shown = f"{first:.{digits}g}", f"{second:.{digits}g}"
+        if shown[0] != shown[1] or first == second:
+            break
+    return shown
+
+
 @dataclass(frozen=True, slots=True)
 class JudgedToken:
     """One proposed token before one rule.
@@ -60,10 +69,12 @@ class JudgedToken:
             return f"{self.judged_by}: behind one that fell"
         if self.p is not None and self.q is not None and self.uniform is not None:
             sign = "<" if self.stood else ">="
-            return f"{self.judged_by}: u q {self.uniform * self.q:.3g} {sign} p {self.p:.3g}"
+            drawn, needed = _told_apart(self.uniform * self.q, self.p)
+            return f"{self.judged_by}: u q {drawn} {sign} p {needed}"
         if self.reason in ("close", "far") and self.divergence is not None and self.threshold is not None:
             sign = "<=" if self.stood else ">"
-            return f"{self.judged_by}: divergence {self.divergence:.3g} {sign} {self.threshold:.3g}"
+            found, limit = _told_apart(self.divergence, self.threshold)
+            return f"{self.judged_by}: divergence {found} {sign} {limit}"
         if self.reason in ("match", "mismatch"):
             beside = "" if self.divergence is None else f" (divergence {self.divergence:.3g})"
             return f"{self.judged_by}: {'its own token' if self.stood else 'another token'}{beside}"

@@ -356,3 +356,12 @@ def test_under_device_control_nothing_is_read_before_the_round_is_over(tiny_dir:
         with torch.inference_mode(), no_host_reads():
             engine.run(2)
         assert [record.tier for record in engine.observed()].count("target") == 1
+
+
+@pytest.mark.parametrize(
+    ("divergence", "threshold", "words"),
+    [(0.10004, 0.1, "0.10004 > 0.1"), (0.25, 0.1, "0.25 > 0.1"), (0.1 + 1e-12, 0.1, "0.100000000001 > 0.1")],
+)
+def test_numbers_that_decide_are_told_apart(divergence: float, threshold: float, words: str) -> None:
+    judged = JudgedToken(3, 8, "draft", "target", "fuzzy", False, "far", 7, divergence, threshold)
+    assert judged.said == f"target: divergence {words}"
