@@ -255,7 +255,15 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     given = parser.parse_args()
     rt = pyramid_rt.load(given.weights, device=given.device)
-    uvicorn.run(create_app(rt), host=given.host, port=given.port, log_level="warning")
+    print(f"listening at http://{given.host}:{given.port}/v1; Ctrl-C ends it", flush=True)
+    # One Ctrl-C is enough: streams that are still open are cut off.
+    uvicorn.run(
+        create_app(rt),
+        host=given.host,
+        port=given.port,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+    )
 
 
 if __name__ == "__main__":

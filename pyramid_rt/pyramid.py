@@ -108,6 +108,10 @@ class Pyramid:
         self._stepwise = graphs == "step"
         self._kept: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
 
+    def __repr__(self) -> str:
+        names = " < ".join(tier.name for tier in self.tiers)
+        return f"<Pyramid {names}, {self.default_method} on {self.device}, {self.max_seq} positions>"
+
     @property
     def max_seq(self) -> int:
         """Positions a sequence may have, prompt included."""

@@ -14,7 +14,7 @@ from pyramid_rt.errors import NonFiniteLogitsError
 from pyramid_rt.params import SamplingParams
 from pyramid_rt.result import FinishReason, GenerationResult, GenerationTrace, TokenLogprobs
 from pyramid_rt.stats import Timing, no_work, summarise
-from pyramid_rt.streaming import Ending, Work
+from pyramid_rt.streaming import INTERRUPTIONS, Ending, Work
 from pyramid_rt.text.detokenizer import TextAssembler
 from pyramid_rt.text.healing import Prefix
 from pyramid_rt.text.tokenizer import Tokenizer
@@ -95,6 +95,9 @@ def work(
     except NonFiniteLogitsError as error:
         if run.tokens:
             error.partial = run.result("cancelled")
+        raise
+    except INTERRUPTIONS:
+        ending.partial = run.result("cancelled")
         raise
     finally:
         run.close()

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Work = Generator[str, None, "GenerationResult"]
 
 
+# Errors that do not come from the work, but ask it to end.
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+
+
 class Ending:
     """The wish that a call end before its text does. Set from any thread, looked at between rounds.
 
@@ -30,6 +34,7 @@ class Ending:
 
     def __init__(self, max_time: float | None = None) -> None:
         self.cancelled = False
+        self.partial: GenerationResult | None = None  # of work that was interrupted
         self._max_time = max_time
         self.deadline: float | None = None
 
@@ -83,7 +88,10 @@ class Stream(Iterator[str]):
 
     @property
     def result(self) -> GenerationResult:
-        """The finished generation. Raises BusyError while it runs, or where it failed before any result."""
+        """The finished generation. Raises BusyError while it runs, or where it failed before any result.
+
+        What Ctrl-C interrupted has finished too: it was cancelled, and the result covers what had been committed.
+        """
         if self._result is None:
             raise BusyError("the stream has no result: it has not ended, was never started, or failed")
         return self._result
@@ -116,7 +124,8 @@ class Stream(Iterator[str]):
                 entered = self._gate.enter(
                     self._visit, caller, blocking=blocking, until=self._ending.deadline
                 )
-            except BaseException:
+            except BaseException as error:
+                self._keep_partial(error)
                 self._finish()
                 raise
             if not entered:
@@ -170,9 +179,15 @@ class Stream(Iterator[str]):
             self._result = end.value
             self._finish()
             raise StopIteration from None
-        except BaseException:
+        except BaseException as error:
+            self._keep_partial(error)
             self._finish()
             raise
+
+    def _keep_partial(self, error: BaseException) -> None:
+        """What Ctrl-C or the end of the program interrupts has been cancelled, and has the result of that."""
+        if isinstance(error, INTERRUPTIONS):
+            self._result = self._ending.partial or self._unstarted("cancelled")
 
     def _finish(self) -> None:
         """Forget the work, which holds the pyramid's buffers, and let the next call in."""

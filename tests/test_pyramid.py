@@ -323,3 +323,8 @@ def test_closing(tiny_dir: Path) -> None:
 def test_the_one_liner(tiny_dir: Path, tiny: Loaded) -> None:
     expected = tiny.generate(PROMPT, max_new_tokens=8).text
     assert pyramid_rt.generate(tiny_dir, PROMPT, device="cpu", max_new_tokens=8) == expected
+
+
+def test_repr_says_what_it_is(tiny_dir: Path) -> None:
+    with pyramid_rt.load(tiny_dir, device="cpu", max_seq=64) as rt:
+        assert repr(rt) == "<Pyramid draft < qualifier < target, psd on cpu, 64 positions>"

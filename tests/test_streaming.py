@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+from pathlib import Path
 
 import pytest
 
+import pyramid_rt
 from pyramid_rt import BusyError
+from pyramid_rt.gate import Gate
+from pyramid_rt.running import Run
 
 PROMPT = "for i in range("
 OPTIONS = {"max_new_tokens": 60, "ignore_eos": True}
@@ -138,3 +142,50 @@ def test_asyncio_close_and_task_cancellation(tiny, expected):
         assert result.tokens == expected.tokens
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_interruption_inside_a_round_leaves_a_result(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], after: int
+) -> None:
+    """Ctrl-C strikes while a piece is awaited; nearly all of the time goes there."""
+    with pyramid_rt.load(tiny_dir, device="cpu") as rt:
+        whole = rt.generate("x = ", max_new_tokens=40, ignore_eos=True)
+        step, calls = Run.step, 0
+
+        def interrupted(self: Run) -> str:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise error
+            return step(self)
+
+        with monkeypatch.context() as context:
+            context.setattr(Run, "step", interrupted)
+            stream = rt.stream("x = ", max_new_tokens=40, ignore_eos=True)
+            with pytest.raises(error):
+                list(stream)
+        stream.close()
+        result = stream.result
+        assert result.finish_reason == "cancelled"
+        assert bool(result.tokens) == (after > 0)
+        assert result.tokens == whole.tokens[: len(result.tokens)]
+        assert whole.text.startswith(result.text)
+        assert rt.generate("x = ", max_new_tokens=40, ignore_eos=True).tokens == whole.tokens
+
+
+def test_an_interruption_while_waiting_leaves_a_result(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    with pyramid_rt.load(tiny_dir, device="cpu") as rt:
+        stream = rt.stream("x = ", max_new_tokens=4)
+        with monkeypatch.context() as context:
+            context.setattr(Gate, "enter", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        assert stream.result.finish_reason == "cancelled"
+        assert stream.result.tokens == []

@@ -1,7 +1,7 @@
 """The registered problems of the check and the lists of their cases. Pure data but for `build`.
 
-An op joins with a problem class (`gpu_problems.Problem`), its cases here, and, to be timed, an entry in
-`gpu_timed.TIMED`.
+An op joins with a problem class (`problems.base.Problem`), its cases here, and, to be timed, an entry in
+`timed.TIMED`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The result file of gpu_check, its goals, and the tables that are printed from it. Nothing here needs a GPU."""
+"""The result file of the kernel check, its goals, and the tables printed from it. Nothing here needs a GPU."""
 
 from __future__ import annotations
 

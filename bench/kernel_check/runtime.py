@@ -1,6 +1,6 @@
 """The differences between a GPU and the interpreter: the device, graphs, events, other work alongside.
 
-Everything that only CUDA can do is in `CudaRuntime`; the rest of gpu_check goes through `Runtime`.
+Everything that only CUDA can do is in `CudaRuntime`; the rest of the kernel check goes through `Runtime`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The units of work of gpu_check: each runs in a worker on the device and yields rows of the result file."""
+"""The units of work of the kernel check: each runs in a worker on the device and yields rows of the result file."""
 
 from __future__ import annotations
 

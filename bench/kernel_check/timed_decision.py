@@ -1,4 +1,4 @@
-"""Decisions to time and the torch ops that each replaces, see `gpu_timed`.
+"""Decisions to time and the torch ops that each replaces, see `timed`.
 
 A decision changes the state that it began from. So every call of a graph has a control block, token buffer and
 sources of its own, and the first call of each replay begins by copying all of them back: three small copies, shared

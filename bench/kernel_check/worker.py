@@ -1,4 +1,4 @@
-"""Processes of gpu_check: one that holds the device and may die without harm, and many that compile ahead.
+"""Processes of the kernel check: one that holds the device and may die without harm, and many that compile ahead.
 
 An illegal access leaves a CUDA context unusable for good, and a kernel that never ends blocks it. So tasks run
 in a child; when it dies, hangs or says that its device is lost, that is the task's result, and a new child takes

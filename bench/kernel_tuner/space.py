@@ -1,4 +1,4 @@
-"""The search of tune_kernels without a device: what to try, how to compare, what to paste."""
+"""The search of the kernel tuner without a device: what to try, how to compare, what to paste."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def as_json(config: AnyConfig) -> dict[str, Any]:
 
 
 def as_sizes(config: AnyConfig) -> dict[str, int]:
-    """For the sizes of a `gpu_problems.Case`, which are numbers."""
+    """For the sizes of a `problems.base.Case`, which are numbers."""
     found: dict[str, int] = {}
     for item in fields(config):
         value = getattr(config, item.name)

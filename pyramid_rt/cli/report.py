@@ -75,7 +75,8 @@ def print_comparison(
         )
     console.print(table)
     if best is not None:
-        console.print(f"* the fastest that writes what {BASELINE} writes", style="dim")
+        turn = f"x {BASELINE}, its speed over {BASELINE}'s of the same turn"
+        console.print(f"* the fastest that writes what {BASELINE} writes, by {turn}", style="dim")
     console.print(
         f"Greedy, {prompts} prompts of {max_new_tokens} new tokens each, methods taking turns; "
         f"median of {rows[0].repeats}."

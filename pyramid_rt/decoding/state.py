@@ -66,11 +66,21 @@ class RoundPlan:
         object.__setattr__(self, "keep_effective", effective)
         for level in range(self.tiers):
             if self.window(level) > MAX_WINDOW:
-                raise InputError(
-                    f"the window of tier {level} would hold {self.window(level)} tokens, more than {MAX_WINDOW}: "
-                    f"lower the speculation lengths {self.lengths}"
-                    + ("" if self.inner_rounds is None else f" or inner_rounds {self.inner_rounds}")
-                )
+                raise InputError(self._too_wide(level))
+
+    def _too_wide(self, level: int) -> str:
+        """The error of a tier's window, by the names of the options that make it so wide."""
+        options = ("draft_length", "qualifier_length")[: len(self.lengths)]
+        given = [f"{name}={length}" for name, length in zip(options, self.lengths, strict=False)]
+        if len(self.lengths) > len(given):
+            given = [f"lengths {self.lengths}"]
+        if self.inner_rounds is not None:
+            given.append(f"inner_rounds={self.inner_rounds}")
+        who = "the target" if level == self.tiers - 1 else f"tier {level}"
+        return (
+            f"{who} would look at {self.window(level)} tokens at a time, more than {MAX_WINDOW}: lower "
+            + " or ".join(given)
+        )
 
     def _longest_proposals(self) -> tuple[int, ...]:
         longest: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from pyramid_rt import checks
 from pyramid_rt.errors import InputError, WeightsError
 from pyramid_rt.json_files import check_directory, kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.weights import CONFIG_FILE, read_config
+from pyramid_rt.models.config import LlamaConfig
+from pyramid_rt.models.llama import parameter_count
 from pyramid_rt.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("pyramid_rt.loading")
@@ -156,19 +159,30 @@ def init(
     }
     for name, path in tiers.items():
         _check_model_dir(name, path)
-    check_family(
-        {name: Tokenizer.from_dir(path) for name, path in tiers.items()},
-        {name: read_config(path) for name, path in tiers.items()},
-    )
+    configs = {name: read_config(path) for name, path in tiers.items()}
+    check_family({name: Tokenizer.from_dir(path) for name, path in tiers.items()}, configs)
+    _warn_of_slow_tiers(configs)
     file = directory / PYRAMID_FILE
     if kind_of(file) is not None and not force:
-        raise WeightsError(f"{file} exists already; force replaces it")
+        raise WeightsError(f"{file} exists already; force=True (--force) replaces it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WeightsError(f"{file}: cannot write it: {error.strerror}") from error
     write_object(file, {name: path_from(directory, path) for name, path in tiers.items()})
     return file
+
+
+def _warn_of_slow_tiers(configs: dict[str, LlamaConfig]) -> None:
+    """A word about a tier that is no smaller than the one that judges it, which can bring no speed."""
+    order = [name for name in ("draft", "qualifier", "target") if name in configs]
+    for below, above in pairwise(order):
+        smaller, larger = (parameter_count(configs[name]) for name in (below, above))
+        if smaller >= larger:
+            _log.warning(
+                "the %s has %s parameters, the %s %s: a tier no smaller than the one above it brings no speed",
+                *(below, f"{smaller:,}", above, f"{larger:,}"),
+            )
 
 
 def _single_model(path: Path, others: list[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The cases of bench/gpu_check on this machine's GPU: `pytest -m gpu`."""
+"""The cases of bench.kernel_check on this machine's GPU: `pytest -m gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/gpu_check without a GPU: tolerances, cases, budget, and its checks' power to find faults."""
+"""bench.kernel_check without a GPU: tolerances, cases, budget, and its checks' power to find faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision kernels in bench/gpu_check without a GPU: verdicts that find planted faults, timings, whole rounds."""
+"""The decision kernels in bench.kernel_check without a GPU: verdicts that find planted faults, timings, rounds."""
 
 from __future__ import annotations
 

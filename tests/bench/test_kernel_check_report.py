@@ -1,4 +1,4 @@
-"""Byte counts, goals and the result file of bench/gpu_check."""
+"""Byte counts, goals and the result file of bench.kernel_check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes and timing of bench/gpu_check: children that die, compilers, the order around a capture."""
+"""Processes and timing of bench.kernel_check: children that die, compilers, the order around a capture."""
 
 from __future__ import annotations
 

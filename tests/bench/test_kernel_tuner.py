@@ -1,4 +1,4 @@
-"""bench/tune_kernels without a GPU: the space, the score, the search, and what is written."""
+"""bench.kernel_tuner without a GPU: the space, the score, the search, and what is written."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
+import pyramid_rt
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.loading.directory import PyramidDirectory, check_family, init
 from pyramid_rt.text.tokenizer import Tokenizer
@@ -237,3 +238,16 @@ def test_init_writes_nothing_when_tiers_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"tier 'qualifier': .*q does not exist"):
         init(tmp_path / "p", target, qualifier=tmp_path / "q")
     assert not (tmp_path / "p").exists()
+
+
+def test_init_says_when_a_tier_is_no_smaller_than_the_one_above(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    demo = pyramid_rt.demo_weights()
+    init(tmp_path / "right", target=demo / "target", draft=demo / "draft")
+    assert not caplog.records
+    init(tmp_path / "wrong", target=demo / "draft", draft=demo / "target")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the draft has 11,015,040 parameters, the target 2,410,368: a tier no smaller than the one above it brings "
+        "no speed"
+    ]

@@ -31,7 +31,7 @@ class Case:
     """A case to run: pure data that travels between processes.
 
     Attributes:
-        op: a name in `gpu_cases.PROBLEMS`.
+        op: a name in `cases.PROBLEMS`.
         dtype: name of a torch dtype.
         name: tells cases of an op apart.
         sizes: what the problem's `make` takes.

@@ -1,4 +1,4 @@
-"""Attention and tree compaction as problems, see `gpu_problems`."""
+"""Attention and tree compaction as problems, see `problems.base`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision kernels as problems, see `gpu_problems`: whole verifies, drawn tokens, reports.
+"""The decision kernels as problems, see `problems.base`: whole verifies, drawn tokens, reports.
 
 A window of T rows is a verify of T positions: T - 1 proposed tokens and the one after them. Every run begins from
 the same open round, which `poison` restores. Rows that nobody may read are NaN, results that nobody may write

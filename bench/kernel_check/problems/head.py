@@ -1,4 +1,4 @@
-"""The LM head as a problem, see `gpu_problems`."""
+"""The LM head as a problem, see `problems.base`."""
 
 from __future__ import annotations
 

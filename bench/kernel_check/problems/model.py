@@ -1,4 +1,4 @@
-"""A small Llama through the triton backend as a problem (see `gpu_problems`), and whole steps to time."""
+"""A small Llama through the triton backend as a problem (see `problems.base`), and whole steps to time."""
 
 from __future__ import annotations
 
