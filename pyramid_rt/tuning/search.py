@@ -191,10 +191,7 @@ def check_measurable(pyramid: Pyramid, prompts: Sequence[object], does: str) -> 
 
 
 class Session:
-    """One search: the pyramid, the clock, and what was found so far.
-
-    `prefix_reuse` of the pyramid must be off meanwhile.
-    """
+    """One search: the pyramid, whose `prefix_reuse` must be off, the clock, and what was found so far."""
 
     def __init__(
         self, pyramid: Pyramid, options: TuneOptions, clock: Now, on_step: Callable[[str], None]
