@@ -185,7 +185,7 @@ class Stream(Iterator[str]):
             raise
 
     def _keep_partial(self, error: BaseException) -> None:
-        """What Ctrl-C or the end of the program interrupts has been cancelled, and has the result of that."""
+        """Work that Ctrl-C or the end of the program interrupts was cancelled, and has the result of that."""
         if isinstance(error, INTERRUPTIONS):
             self._result = self._ending.partial or self._unstarted("cancelled")
 

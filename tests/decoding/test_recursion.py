@@ -255,10 +255,8 @@ def test_minus_infinity_among_finite_logits_is_legal() -> None:
 
 def test_windows_over_64_are_refused() -> None:
     rt = make([cycle()] * 1 + [cycle(), cycle()])
-    with pytest.raises(
-        InputError,
-        match=r"the target would look at 65 tokens at a time, more than 64: lower draft_length=32 or qualifier_length=32$",
-    ):
+    said = "would look at 65 tokens at a time, more than 64: lower draft_length=32 or qualifier_length=32$"
+    with pytest.raises(InputError, match="^the target " + said):
         rt.generate([0], method="psd", draft_length=32, qualifier_length=32)
     with pytest.raises(InputError, match="inner_rounds=13"):
         rt.generate([0], method="psd", draft_length=4, inner_rounds=13)
