@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyramid_rt.errors import InputError
-from pyramid_rt.profiling.picture import check_drawable
+from pyramid_rt.profiling.drawing import figure_class
 
 if TYPE_CHECKING:
     from pyramid_rt.profiling.profile import Profile
@@ -19,7 +19,7 @@ def check_folder(flag: str, folder: Path) -> None:
 
     Makes the folder where it is missing. Raises InputError.
     """
-    check_drawable()
+    figure_class()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

@@ -25,7 +25,14 @@ _INK, _FAINT = "#222222", "#777777"
 
 
 def draw(found: Sequence[RoundPicture], tiers: Sequence[str], machine: str, kind: str) -> bytes:
-    """See `picture.render`."""
+    """Rounds as a file of `kind`, "svg" or "png".
+
+    Args:
+        found: the rounds. tiers: names, small to large. machine: stands below the title.
+
+    Raises:
+        InputError: there is no round, or no matplotlib.
+    """
     figure_kind = figure_class()
     if not found:
         raise InputError(
@@ -57,7 +64,10 @@ def draw(found: Sequence[RoundPicture], tiers: Sequence[str], machine: str, kind
 
 
 def figure_class() -> Any:
-    """matplotlib's figures, without its windows. Raises InputError: it is not installed."""
+    """matplotlib's figures, without its windows; imported here alone, for it takes a second.
+
+    Raises InputError: it is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

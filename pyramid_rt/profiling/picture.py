@@ -1,6 +1,6 @@
 """The picture of a few rounds: where their time went, what each tier proposed, what stood, and what fell and why.
 
-`rounds` is its data, `render` draws it.
+This is its data; `drawing` draws it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pyramid_rt.profiling.spans import Span
 from pyramid_rt.result import GenerationTrace
-from pyramid_rt.trace import JudgedToken, VerifyRecord
+from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord
 
 Fate = Literal["stood", "fell", "behind", "correction", "bonus", "plain"]
 
@@ -84,16 +84,21 @@ def rounds(
         trace: of the same tokens; without one there are no token rows.
     """
     spans = [span for span in root.children if span.kind == "round"]
-    chosen = list(enumerate(spans, _first_round(trace)))[first : first + count]
+    chosen = list(enumerate(spans))[first : first + count]
     return [_round(number, span, tiers, trace) for number, span in chosen]
 
 
-def _first_round(trace: GenerationTrace | None) -> int:
-    """The number by which the trace calls the first round."""
-    if trace is None:
-        return 0
-    numbered = [record.round for record in trace.rounds]
-    return min([*numbered, *(token.round for token in trace if token.round is not None)], default=0)
+def _judged(trace: GenerationTrace, number: int) -> tuple[list[VerifyRecord], list[TokenTrace]]:
+    """The verifies of the round of this number, from 0 on, and the tokens that it committed.
+
+    Plain decoding has no verifies, and a token in each round.
+    """
+    if not trace.rounds:
+        return [], [token for token in trace if token.how == "plain"][number : number + 1]
+    # However the trace numbers its rounds: each has a verify.
+    called = sorted({record.round for record in trace.rounds})[number:][:1]
+    records = [record for record in trace.rounds if record.round in called]
+    return records, [token for token in trace if token.round in called]
 
 
 def _round(number: int, span: Span, tiers: Sequence[str], trace: GenerationTrace | None) -> RoundPicture:
@@ -105,8 +110,7 @@ def _round(number: int, span: Span, tiers: Sequence[str], trace: GenerationTrace
     found: tuple[TokenRow, ...] = ()
     committed = 0
     if trace is not None:
-        records = [record for record in trace.rounds if record.round == number]
-        kept = [token for token in trace if token.round == number]
+        records, kept = _judged(trace, number)
         committed = len(kept)
         base = min((record.position for record in records), default=kept[0].position if kept else 0)
         found = tuple(_row(record, tiers, base) for record in records)
@@ -115,7 +119,7 @@ def _round(number: int, span: Span, tiers: Sequence[str], trace: GenerationTrace
             found = (TokenRow(f"{tiers[-1]} alone", tiers[-1], cells),)
     busy = sum(part.duration for part in parts)
     return RoundPicture(
-        number=number + 1 - _first_round(trace),
+        number=number + 1,
         milliseconds=span.duration / 1000,
         committed=committed,
         lanes=lanes,
@@ -182,21 +186,3 @@ def _shown(text: str, token: int) -> str:
         shown = marks[text[0]] + text[1:]
     shown = "".join(char if char.isprintable() else marks.get(char, "·") for char in shown)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
-
-
-def check_drawable() -> None:
-    """Refuse before any work what cannot be drawn in the end. Raises InputError: there is no matplotlib."""
-    from pyramid_rt.profiling.drawing import figure_class
-
-    figure_class()
-
-
-def render(found: Sequence[RoundPicture], tiers: Sequence[str], machine: str, kind: str) -> bytes:
-    """Draw rounds as a file of `kind`, "svg" or "png".
-
-    Raises InputError: there is no matplotlib.
-    """
-    # Drawn only where it is asked for: it takes a second to import, and is an extra of the package.
-    from pyramid_rt.profiling.drawing import draw
-
-    return draw(found, tiers, machine, kind)

@@ -12,7 +12,7 @@ from typing import Any
 from pyramid_rt import checks
 from pyramid_rt.errors import InputError, WeightsError
 from pyramid_rt.json_files import whole_file
-from pyramid_rt.profiling import picture, table
+from pyramid_rt.profiling import drawing, picture, table
 from pyramid_rt.profiling.picture import RoundPicture
 from pyramid_rt.profiling.spans import Span
 from pyramid_rt.profiling.trace_file import chrome_trace
@@ -98,7 +98,7 @@ class Profile:
         if kind == ".json":
             content = json.dumps(self.to_trace()).encode()
         else:
-            content = picture.render(
+            content = drawing.draw(
                 self.rounds(rounds, first), self.tiers, self.machine, kind.removeprefix(".")
             )
         try:

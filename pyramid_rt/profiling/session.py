@@ -32,7 +32,7 @@ _UNMEASURED = "Times come from CUDA events; this way of taking them was not yet 
 
 
 class Session:
-    """What one profiled call needs, and what it leaves.
+    """One profiled call: the engine and the recorder it needs, and the profile it leaves.
 
     Args:
         place: of the pyramid.

@@ -77,7 +77,7 @@ def test_backends_are_put_back_after_a_failure(demo: Pyramid, monkeypatch: pytes
         raise RuntimeError("head")
 
     demo.generate(PROMPT, max_new_tokens=4, **PSD)
-    original = pyramid_rt.profiling.session.Session.over  # type: ignore[attr-defined]
+    original = pyramid_rt.profiling.session.Session.over
 
     def over(self: Any, engine: Any, work: Any) -> Any:
         monkeypatch.setattr(TorchBackend, "head", fail_in_the_second)
