@@ -128,7 +128,6 @@ def _draw_lanes(axes: Any, each: RoundPicture, colours: dict[str, str], span: fl
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#BBBBBB")
-    axes.set_xlabel("ms", fontsize=8, color=_FAINT, loc="right", labelpad=-9)
     for lane, (tier, bars) in enumerate(each.lanes):
         axes.axhline(lane, color="#EEEEEE", linewidth=0.8, zorder=0)
         for bar in bars:
@@ -203,7 +202,7 @@ def _draw_legend(figure: Any, found: Sequence[RoundPicture], colours: dict[str, 
     from matplotlib.patches import Patch
 
     used = {cell.fate for each in found for row in each.rows for cell in row.cells}
-    tall = [Patch(facecolor="#666666", label="tall bar: forward pass (ms)")]
+    tall = [Patch(facecolor="#666666", label="tall bar: forward pass, in ms")]
     thin = [Patch(facecolor="#BBBBBB", label="thin bar: drawing, deciding")]
     fates = [Patch(facecolor=colour, label=label) for fate, (colour, label) in FATES.items() if fate in used]
     figure.legend(
