@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyramid_rt.models.config import LlamaConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -17,6 +19,20 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+
+    @classmethod
+    def of(cls, name: str, config: LlamaConfig) -> Shape:
+        """The sizes of a model of this config."""
+        return cls(
+            name=name,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_layers,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab=config.vocab_size,
+        )
 
 
 SHAPES = (

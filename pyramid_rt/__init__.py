@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from pyramid_rt.params import Options, SamplingParams
+    from pyramid_rt.profiling.profile import Profile
     from pyramid_rt.pyramid import Pyramid
     from pyramid_rt.result import GenerationResult, GenerationTrace, TokenLogprobs
     from pyramid_rt.stats import Stats, TierStats
@@ -46,6 +47,7 @@ __all__ = [
     "MemoryPlanError",
     "NonFiniteLogitsError",
     "Options",
+    "Profile",
     "Pyramid",
     "PyramidError",
     "Rejection",
@@ -80,6 +82,7 @@ _EXPORTS = {
         "WeightsError",
     ),
     "pyramid_rt.params": ("Options", "SamplingParams"),
+    "pyramid_rt.profiling.profile": ("Profile",),
     "pyramid_rt.pyramid": ("Pyramid",),
     "pyramid_rt.result": ("GenerationResult", "GenerationTrace", "TokenLogprobs"),
     "pyramid_rt.stats": ("Stats", "TierStats"),

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pyramid_rt import checks
 from pyramid_rt.decoding.chains import build_plan, checked_chain
@@ -30,6 +30,10 @@ from pyramid_rt.streaming import AsyncStream, Ending, Stream, Work, run_in_threa
 from pyramid_rt.text.encoding import encode_prompt, split_stops, token_ids
 from pyramid_rt.text.healing import Pieces, Prefix, pieces_of, take_back
 from pyramid_rt.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pyramid_rt.profiling.profile import Profile
+    from pyramid_rt.profiling.session import Session
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 GraphKind = Literal["round", "step"]
@@ -177,6 +181,44 @@ class Pyramid:
         stream = self._stream(prompt, merged_options(params, options), runs_alone=True)
         run = partial(self._run, stream, blocking=False)
         return await run_in_thread(stream, self._gate, run)
+
+    def profile(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        nvtx: bool = False,
+        **options: Unpack[Options],
+    ) -> Profile:
+        """Decode `prompt` twice and say where the time of the second time goes: round, tier, layer, op.
+
+        The first call warms up and tells who proposed what; the second, with the same seed, is timed, its prompt
+        processed from the start. Tokens are those of `generate`. The first run of either kind takes buffers.
+
+        Args:
+            prompt, params, options: as of `generate`.
+            nvtx: name ranges for Nsight Systems too; needs a CUDA device.
+
+        Returns: a `Profile`: `str` of it is a table, `save` writes a trace or a picture.
+
+        Raises:
+            InputError, BusyError, NonFiniteLogitsError: as `generate`.
+        """
+        # Here and not above: no other call has anything to do with profiles.
+        from pyramid_rt.profiling.session import Session
+
+        session = Session(self.place, nvtx=checks.flag("nvtx", nvtx), graphs=self.graphs)
+        given = merged_options(params, options)
+        first = self._stream(prompt, {**given, "trace": True}, runs_alone=True)
+        self._run(first)
+        traced = first.result
+        request = self._request(prompt, {**given, "trace": False, "seed": traced.seed})
+        ending = Ending(request.params.max_time)
+        begin = partial(self._profiled_work, session, request, ending)
+        timed = Stream(begin, request.unstarted, self._gate, ending, runs_alone=True)
+        self._run(timed)
+        trace = traced.trace if traced.tokens == timed.result.tokens else None
+        return session.profile(replace(timed.result, trace=trace))
 
     def close(self) -> None:
         """Wait for the calls before this one, then free weights, caches and buffers, and give the memory back.
@@ -350,19 +392,16 @@ class Pyramid:
 
     def _engine(self, tiers: tuple[Tier, ...], plan: RoundPlan) -> Engine:
         """Buffers and graphs for a plan; thresholds are device values, so plans that differ only there share."""
-        rules = tuple(rule.captured() for rule in plan.rules)
         names = tuple(tier.name for tier in tiers)
-        if by_kernels(tiers, plan):
-            plan = replace(plan, sampled=True)  # kernels read the temperature, 0 too, on the device
+        plan = self._engine_plan(tiers, plan)
         shape = (plan.lengths, plan.inner_rounds, plan.sampled, plan.filters, plan.logprobs, plan.trace)
-        key = (names, rules, shape)
+        key = (names, plan.rules, shape)
         if key not in self._kept:
             for tier in tiers:
                 if isinstance(tier, ModelTier):
                     tier.ready()
             while len(self._kept) >= ENGINES_KEPT:
                 self._kept.popitem(last=False)
-            plan = replace(plan, rules=rules)
             self._kept[key] = Engine(
                 tiers,
                 plan,
@@ -375,6 +414,13 @@ class Pyramid:
         self._kept.move_to_end(key)
         return self._kept[key]
 
+    @staticmethod
+    def _engine_plan(tiers: tuple[Tier, ...], plan: RoundPlan) -> RoundPlan:
+        """The plan as an engine knows it: without what may differ from call to call."""
+        rules = tuple(rule.captured() for rule in plan.rules)
+        # Kernels read the temperature, 0 too, on the device.
+        return replace(plan, rules=rules, sampled=plan.sampled or by_kernels(tiers, plan))
+
     def _stream(self, prompt: Prompt, options: Mapping[str, Any], *, runs_alone: bool = False) -> Stream:
         request = self._request(prompt, options)
         ending = Ending(request.params.max_time)
@@ -385,6 +431,12 @@ class Pyramid:
         tiers = tuple(self.tiers[level] for level in request.levels)
         engine = self._engine(tiers, request.plan)
         return work(engine, self.tokenizer, request, ending, reuse=self.prefix_reuse)
+
+    def _profiled_work(self, session: Session, request: Request, ending: Ending) -> Work:
+        tiers = tuple(self.tiers[level] for level in request.levels)
+        engine = session.engine(tiers, self._engine_plan(tiers, request.plan), self.vocab_size, self.max_seq)
+        made = work(engine, self.tokenizer, request, ending, reuse=False)
+        return session.over(engine, made)
 
     def _run(self, stream: Stream, caller: Caller | None = None, *, blocking: bool = True) -> None:
         """Wait for a stream's turn and read it to its end, inside the place as a whole."""

@@ -39,9 +39,9 @@ BELOW = {
     "text": set(),
     "decoding": {"text"},
     "loading": {"decoding", "text"},
-    "face": {"loading", "decoding", "text"},
+    "profiling": {"loading", "decoding", "text"},
+    "face": {"profiling", "loading", "decoding", "text"},
     "tuning": {"face", "loading", "decoding", "text"},
-    "profiling": {"face", "loading", "decoding", "text"},
     "cli": {"face", "tuning", "profiling", "loading", "decoding", "text"},
 }
 

@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_explain(commands)
     _add_bench(commands)
+    _add_profile(commands)
     return parser
 
 
@@ -245,6 +246,25 @@ def _add_bench(commands: Any) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="how often everything is measured (3)")
     parser.add_argument("--json", type=_path, metavar="FILE", help="write everything measured to this file")
+
+
+def _add_profile(commands: Any) -> None:
+    parser = _command(commands, "profile", "show where the time of a call goes: round, tier, layer, op")
+    _add_loading_flags(parser)
+    for flag, kind, text in GENERATION_FLAGS:
+        parser.add_argument(flag, type=kind, help=text)
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in a chat")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument(
+        "--out",
+        type=_path,
+        metavar="FOLDER",
+        help="write a trace for Perfetto and pictures of the rounds here",
+    )
+    parser.add_argument("--rounds", type=int, default=4, help="rounds in the picture (4)")
+    parser.add_argument("--nvtx", action="store_true", help="on CUDA: name ranges for Nsight Systems too")
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
 
 
 def _names(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pyramid_rt import api
-from pyramid_rt.cli import bench_report, explain_report, race, report, tune_report
+from pyramid_rt.cli import bench_report, explain_report, profile_report, race, report, tune_report
 from pyramid_rt.cli.arguments import EXPLAIN_FLAGS, GENERATION_FLAGS, LOADING_FLAGS, PROGRAM, option_name
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS
 from pyramid_rt.errors import InputError
@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         "tune": _run_tune,
         "explain": _run_explain,
         "bench": _run_bench,
+        "profile": _run_profile,
     }
     with _notes():
         return commands[arguments.command](arguments)
@@ -234,6 +235,21 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     console = _stdout()
     console.print(machine, style="dim")
     bench_report.print_speeds(console, speeds, arguments.repeats)
+    return 0
+
+
+def _run_profile(arguments: argparse.Namespace) -> int:
+    prompt, given = _prompt(arguments), _given(arguments, GENERATION_FLAGS)
+    if arguments.rounds < 1:
+        raise InputError(f"--rounds must be at least 1, found {arguments.rounds}")
+    if arguments.out is not None:
+        profile_report.check_folder("--out", arguments.out)
+    with _loaded(arguments) as pyramid, _stderr().status("profiling"):
+        profile = pyramid.profile(prompt, nvtx=arguments.nvtx, ignore_eos=arguments.ignore_eos, **given)
+    print(profile, end="")
+    if arguments.out is not None:
+        for file in profile_report.write(profile, arguments.out, arguments.rounds):
+            print(f"wrote {file}")
     return 0
 
 

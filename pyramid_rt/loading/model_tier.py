@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from pyramid_rt.decoding.tiers import DeviceForward
 from pyramid_rt.errors import WeightsError
 from pyramid_rt.loading.weights import load_llama
 from pyramid_rt.models.backends import bulk
+from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import KVCache, Llama, forward, rotate_prompt
 
@@ -99,6 +101,16 @@ class ModelTier:
     def cache(self) -> KVCache:
         """Its cache."""
         return self._loaded()[1]
+
+    @contextmanager
+    def computed_by(self, wrap: Callable[[Backend], Backend]) -> Iterator[None]:
+        """Inside, passes are computed by what `wrap` makes of the model's backend: for whoever looks at their ops."""
+        model, cache = self._loaded()
+        self._parts = (replace(model, backend=wrap(model.backend)), cache)
+        try:
+            yield
+        finally:
+            self._parts = (model, cache)
 
     def _loaded(self) -> tuple[Llama, KVCache]:
         if self._parts is None:

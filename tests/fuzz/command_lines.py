@@ -28,6 +28,7 @@ _SWITCHES = {
     "tune": ("--lossy", "--dry-run"),
     "explain": ("--json",),
     "bench": (),
+    "profile": ("--ignore-eos", "--chat", "--nvtx"),
 }
 _FLAGS = {
     "generate": (
@@ -41,6 +42,13 @@ _FLAGS = {
     "info": ("--weights", *(flag for flag, *_ in LOADING_FLAGS)),
     "tune": (*(flag for flag, *_ in (*TUNE_FLAGS, *LOADING_FLAGS)), "--prompts", "--json"),
     "explain": (*(flag for flag, *_ in (*EXPLAIN_FLAGS, *LOADING_FLAGS)), "--prompts"),
+    "profile": (
+        *(flag for flag, *_ in (*GENERATION_FLAGS, *LOADING_FLAGS)),
+        "--system",
+        "--weights",
+        "--rounds",
+        "--out",
+    ),
     "bench": (
         "--prompt-tokens",
         "--new-tokens",
@@ -72,18 +80,28 @@ def case(dice: random.Random, place: Workspace) -> Case:
             *(f"work/{name}" for name in _WRITTEN),
             "work/new",
             "work/new/pyramid.json",
+            *(f"work/new/{name}" for name in ("trace.json", "rounds.svg", "rounds.png")),
         ),
     )
 
 
 def _argv(dice: random.Random) -> list[str]:
-    commands = {"generate": 60, "init": 10, "info": 10, "tune": 12, "explain": 4, "bench": 4, "demo": 2}
+    commands = {
+        "generate": 60,
+        "init": 10,
+        "info": 10,
+        "tune": 12,
+        "explain": 4,
+        "bench": 4,
+        "profile": 4,
+        "demo": 2,
+    }
     commands |= {"--version": 1, "nonsense": 1}
     command = dice.choices(list(commands), list(commands.values()))[0]
     if command not in _FLAGS:
         return [command, *dice.choices(_VALUES, k=dice.randrange(3))]
     argv = [command]
-    if command == "generate":
+    if command in ("generate", "profile"):
         argv += ["--device=cpu", "--max-new-tokens=2", "--weights=TINY"]
     elif command == "tune" or command == "explain":
         argv += ["--device=cpu", "--budget=0.2", "--max-new-tokens=4", "--repeats=1", "--prompts=PROMPTS"]
@@ -100,10 +118,13 @@ def _argv(dice: random.Random) -> list[str]:
         value = dice.choice(_VALUES)
         if command in ("tune", "bench") and flag == "--json" and not value.startswith("/"):
             value = "measured.json"
+        if flag == "--out":  # which is made where it is not there
+            value = "new"
         argv += [f"{flag}={value}"] if dice.random() < 0.7 else [flag, value]
     argv += dice.sample(_SWITCHES[command], dice.randrange(len(_SWITCHES[command]) + 1))
-    if command in ("generate", "init", "tune", "explain", "bench") and dice.random() < 0.95:
-        place = {"generate": dice.choice(("ab", *_VALUES)), "init": "new"}.get(command, "TINY")
+    if command in ("generate", "profile", "init", "tune", "explain", "bench") and dice.random() < 0.95:
+        text = dice.choice(("ab", *_VALUES))
+        place = {"generate": text, "profile": text, "init": "new"}.get(command, "TINY")
         argv += ["--", place] if dice.random() < 0.2 else [place]
     return argv
 
