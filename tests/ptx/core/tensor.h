@@ -120,8 +120,10 @@ static uint32_t element(Machine *m, const Matrix *x, uint32_t row, uint32_t k, i
                           : x->start + k / 8 * x->stride + k % 8 * x->pitch + row / across * x->leading + 2 * (row % across);
     at ^= (at >> 7 & x->swizzle) << 4; /* of the absolute address */
     uint32_t s = shared_at(m, at, 2, 0), good = shared_read(m, s, 2, 0);
-    const Byte *b = m->block->shadow + s;
-    if (m->l->detect && b->wepoch > epoch) race(m, FAULT_SHARED_RACE, 0, at, b->wpc, b->writer, b->wlane);
+    if (m->l->detect) {
+        const Byte *b = m->block->shadow + s;
+        if (b->wepoch > epoch) race(m, FAULT_SHARED_RACE, 0, at, b->wpc, b->writer, b->wlane);
+    }
     uint16_t h; memcpy(&h, m->block->shared + s, 2);
     *to = widen(h, bf16);
     return good;
