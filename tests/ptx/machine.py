@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from ptx import isa
 from ptx.parser import INSTRUCTION, SHARED_BASE, Program
 
 CORE = Path(__file__).parent / "core"
-FLAGS = ("-O2", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11", "-Wall")
+FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11", "-Wall")
 COMPILER = next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), None)
 MISSING = "no C compiler: the PTX machine cannot be built"
 
@@ -133,14 +134,22 @@ class _Launch(ctypes.Structure):
     ]
 
 
+def _processor() -> str:
+    """What tells processors apart whose instructions differ: the core is built for the one at hand."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {features}"
+
+
 @cache
 def core() -> ctypes.CDLL:
-    """The C core, built once for its source and kept among the temporary files."""
+    """The C core, built once for its source and the processor, and kept among the temporary files."""
     if COMPILER is None:
         raise RuntimeError(MISSING)
     header = isa.header()
     sources = sorted(CORE.iterdir())
-    text = "".join([header, *FLAGS, *(source.read_text(encoding="utf-8") for source in sources)])
+    text = "".join([_processor(), header, *FLAGS, *(source.read_text(encoding="utf-8") for source in sources)])
     folder = Path(tempfile.gettempdir(), f"pyramid-ptx-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     library = folder / "machine.so"
     if not library.exists():

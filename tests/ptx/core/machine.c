@@ -147,8 +147,12 @@ static void open_block(Machine *m, Block *b, int linear) {
     b->linear = linear; b->live = l->warps; b->epoch = 1; b->finished = 0; b->nstores = b->nlines = 0;
     if (b->lroom) memset(b->lines, 0, sizeof(Line) * (size_t)b->lroom);
     b->id[0] = linear % l->grid[0]; b->id[1] = linear / l->grid[0] % l->grid[1]; b->id[2] = linear / l->grid[0] / l->grid[1];
-    if (!b->shared && l->shared) { b->shared = malloc((size_t)l->shared); b->shadow = malloc(sizeof(Byte) * (size_t)l->shared); }
-    if (l->shared) { memset(b->shared, 0xff, (size_t)l->shared); memset(b->shadow, 0, sizeof(Byte) * (size_t)l->shared); }
+    if (!b->shared && l->shared) {
+        b->shared = malloc((size_t)l->shared); b->state = malloc((size_t)l->shared);
+        if (l->detect) b->shadow = malloc(sizeof(Byte) * (size_t)l->shared);
+    }
+    if (l->shared) { memset(b->shared, 0xff, (size_t)l->shared); memset(b->state, 0, (size_t)l->shared); }
+    if (b->shadow) memset(b->shadow, 0, sizeof(Byte) * (size_t)l->shared);
     for (int k = 0; k < l->warps; k++) {
         Warp *w = b->warps + k;
         if (!w->r) {
@@ -193,7 +197,7 @@ static void run_blocks(Machine *m, Block *blocks, int resident, int total, const
 static void discard(Machine *m, Block *blocks, int resident) {
     for (int k = 0; k < resident; k++) {
         Block *b = blocks + k;
-        free(b->shared); free(b->shadow); free(b->stores); free(b->lines);
+        free(b->shared); free(b->state); free(b->shadow); free(b->stores); free(b->lines);
         for (int j = 0; j < MAX_WARPS; j++) {
             Warp *w = b->warps + j;
             free(w->r); free(w->defined); free(w->pred); free(w->pdefined); free(w->copies); free(w->products); free(w->foreign);

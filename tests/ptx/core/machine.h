@@ -44,7 +44,8 @@ typedef struct {      /* one launch, filled by Python */
 } Launch;
 
 typedef struct { uint32_t wclock, writer, rclock[2], reader[2]; uint16_t wpc, rpc[2]; uint8_t wmask, wlane, rlane[2]; } Word;
-typedef struct { uint32_t wepoch, repoch; uint16_t wpc, rpc, readers; uint8_t writer, wlane, rlane, flying, initialised; } Byte;
+typedef struct { uint32_t wepoch, repoch; uint16_t wpc, rpc, readers; uint8_t writer, wlane, rlane; } Byte;
+enum { INITIALISED = 1, FLYING = 2 }; /* state of a byte of shared memory; FLYING: a copy to it is under way */
 
 typedef struct { uint64_t source; uint32_t target; uint8_t size, read, lane, done; int32_t group, pc; } Copy;
 typedef struct { const Ins *ins; uint64_t a, b; int32_t group, scale, undefined, pc; uint32_t epoch; } Product;
@@ -63,7 +64,7 @@ typedef struct {
 
 typedef struct {
     Warp warps[MAX_WARPS];
-    uint8_t *shared; Byte *shadow;
+    uint8_t *shared, *state; Byte *shadow; /* a shadow only where races are looked for */
     int32_t id[3], linear, live, finished; uint32_t epoch;
     Store *stores; int32_t nstores, sroom;
     Line *lines; int32_t nlines, lroom;

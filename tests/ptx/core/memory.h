@@ -19,33 +19,59 @@ static inline uint32_t shared_at(Machine *m, uint64_t address, int size, int lan
     if (address % size) fault(m, FAULT_ALIGNMENT, lane, address, size);
     return (uint32_t)(address - SHARED_BASE);
 }
+/* States of an access: those that any of its bytes has, and that all have. */
+typedef struct { uint8_t any, all; } States;
+static inline States states_of(const uint8_t *s, int size) {
+    if (size < 8) {
+        States found = {s[0], s[0]};
+        for (int k = 1; k < size; k++) { found.any |= s[k]; found.all &= s[k]; }
+        return found;
+    }
+    uint64_t x, y; /* 8 or 16 bytes */
+    memcpy(&x, s, 8); memcpy(&y, s + size - 8, 8);
+    uint64_t any = x | y, all = ~(x & y);
+    const uint64_t initialised = 0x0101010101010101ull * INITIALISED, flying = 0x0101010101010101ull * FLYING;
+    return (States){any & flying ? FLYING : 0, all & initialised ? 0 : INITIALISED};
+}
+static void in_flight(Machine *m, uint32_t at, int size, int lane) { /* name the copy */
+    for (int k = 0; k < m->l->warps; k++) for (int j = 0; j < m->block->warps[k].ncopies; j++) {
+        const Copy *c = m->block->warps[k].copies + j;
+        if (c->target < at + (uint32_t)size && at < c->target + c->size)
+            race(m, FAULT_IN_FLIGHT, lane, (at > c->target ? at : c->target) + SHARED_BASE, c->pc, (uint32_t)k, c->lane);
+    }
+}
 static inline uint32_t shared_read(Machine *m, uint32_t at, int size, int lane) {
-    uint32_t initialised = 1;
-    for (Byte *s = m->block->shadow + at; size--; s++, at++) {
-        initialised &= s->initialised;
-        if (s->flying) race(m, FAULT_IN_FLIGHT, lane, at + SHARED_BASE, s->wpc, s->writer, s->wlane);
-        if (!m->l->detect) continue;
-        if (s->wepoch == m->block->epoch && s->writer != m->wi)
-            race(m, FAULT_SHARED_RACE, lane, at + SHARED_BASE, s->wpc, s->writer, s->wlane);
-        if (s->repoch != m->block->epoch) { s->repoch = m->block->epoch; s->readers = 0; }
+    Block *b = m->block; States states = states_of(b->state + at, size);
+    if (states.any & FLYING) in_flight(m, at, size, lane);
+    if (m->l->detect) for (Byte *s = b->shadow + at, *end = s + size; s < end; s++) {
+        if (s->wepoch == b->epoch && s->writer != m->wi)
+            race(m, FAULT_SHARED_RACE, lane, (uint64_t)(s - b->shadow) + SHARED_BASE, s->wpc, s->writer, s->wlane);
+        if (s->repoch != b->epoch) { s->repoch = b->epoch; s->readers = 0; }
         s->readers |= 1u << m->wi; s->rpc = m->pc; s->rlane = lane;
     }
-    return initialised;
+    return states.all & INITIALISED;
+}
+static inline void mark_written(Machine *m, uint32_t at, int size, int pc, int lane) {
+    for (Byte *s = m->block->shadow + at, *end = s + size; s < end; s++) {
+        s->wepoch = m->block->epoch; s->writer = m->wi; s->wpc = pc; s->wlane = lane;
+    }
 }
 /* Replicated layouts let several warps store one value to one place: that alone is exempt. `data` NULL: unknown. */
-static inline void shared_write(Machine *m, uint32_t at, const uint8_t *data, int size, int lane, uint32_t initialised) {
-    for (Byte *s = m->block->shadow + at; size--; s++, at++) {
-        if (s->flying) race(m, FAULT_IN_FLIGHT, lane, at + SHARED_BASE, s->wpc, s->writer, s->wlane);
-        if (m->l->detect) {
-            if (s->wepoch == m->block->epoch && s->writer != m->wi && !(data && *data == m->block->shared[at]))
-                race(m, FAULT_SHARED_RACE, lane, at + SHARED_BASE, s->wpc, s->writer, s->wlane);
-            if (s->repoch == m->block->epoch && (s->readers & ~(1u << m->wi)))
-                race(m, FAULT_SHARED_RACE, lane, at + SHARED_BASE, s->rpc,
-                     (uint32_t)__builtin_ctz(s->readers & ~(1u << m->wi)), s->rlane);
+static inline void shared_write(Machine *m, uint32_t at, const uint8_t *data, int size, int lane, uint8_t state) {
+    Block *b = m->block; uint32_t me = 1u << m->wi;
+    if (states_of(b->state + at, size).any & FLYING) in_flight(m, at, size, lane);
+    if (m->l->detect) {
+        for (int k = 0; k < size; k++) {
+            const Byte *s = b->shadow + at + k;
+            if (s->wepoch == b->epoch && s->writer != m->wi && !(data && data[k] == b->shared[at + k]))
+                race(m, FAULT_SHARED_RACE, lane, at + k + SHARED_BASE, s->wpc, s->writer, s->wlane);
+            if (s->repoch == b->epoch && (s->readers & ~me))
+                race(m, FAULT_SHARED_RACE, lane, at + k + SHARED_BASE, s->rpc, (uint32_t)__builtin_ctz(s->readers & ~me), s->rlane);
         }
-        s->wepoch = m->block->epoch; s->writer = m->wi; s->wpc = m->pc; s->wlane = lane; s->initialised = initialised;
-        if (data) m->block->shared[at] = *data++;
+        mark_written(m, at, size, m->pc, lane);
     }
+    memset(b->state + at, state, (size_t)size);
+    if (data) memcpy(b->shared + at, data, (size_t)size);
 }
 
 /* --- global memory: vector clocks --- */
@@ -288,7 +314,6 @@ static void deliver(Machine *m, Copy *c) {
     uint8_t data[16] = {0};
     if (c->read) read_global(m, c->source, data, c->read);
     memcpy(m->block->shared + c->target, data, c->size);
-    for (int k = 0; k < c->size; k++) m->block->shadow[c->target + k].initialised = 1;
 }
 static void copy(Machine *m, const Ins *i) {
     Warp *w = m->w; uint64_t to[LANES], from[LANES]; const Buffer *hint = NULL; int bytes = i->size;
@@ -306,8 +331,7 @@ static void copy(Machine *m, const Ins *i) {
             m->l->traffic[2 * (b - m->l->buffers)] += (uint64_t)read;
             if (m->l->detect) touch(m, b, from[l], bytes, l, 0);
         }
-        shared_write(m, target, NULL, bytes, l, 1);
-        for (int k = 0; k < bytes; k++) m->block->shadow[target + k].flying = 1;
+        shared_write(m, target, NULL, bytes, l, INITIALISED | FLYING);
         if (w->ncopies == w->room) w->copies = grow(w->copies, &w->room, sizeof(Copy));
         Copy *c = w->copies + w->ncopies++;
         *c = (Copy){from[l], target, (uint8_t)bytes, (uint8_t)read, (uint8_t)l, (uint8_t)at_once, w->group, m->pc};
@@ -323,10 +347,8 @@ static void wait_copies(Machine *m, int32_t left) {
         Copy *c = w->copies + k;
         if (c->group >= w->group - left) { w->copies[kept++] = *c; continue; }
         if (!c->done) deliver(m, c);
-        for (int j = 0; j < c->size; j++) {
-            Byte *s = m->block->shadow + c->target + j;
-            s->flying = 0; s->wepoch = m->block->epoch; s->writer = m->wi; s->wpc = c->pc; s->wlane = c->lane;
-        }
+        memset(m->block->state + c->target, INITIALISED, c->size);
+        if (m->l->detect) mark_written(m, c->target, c->size, c->pc, c->lane);
     }
     w->ncopies = kept;
 }
