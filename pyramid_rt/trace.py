@@ -91,7 +91,7 @@ class VerifyRecord:
     """One verify: a tier judged a proposal of the tier below.
 
     Attributes:
-        round: the outer round, from 0 on.
+        round: the outer round, from 1 on.
         level, tier: of the tier that judged, its place in the chain and its name.
         rule: the rule's name.
         position: where the proposal begins in the sequence, prompt included.

@@ -96,7 +96,7 @@ def _draw_round(
     figure.text(
         0.015,
         1 - (top + 0.2) / total,
-        f"Round {each.number}: {each.milliseconds:.2f} ms, {each.committed} tokens committed",
+        f"Round {each.number}: {each.milliseconds:.2f} ms, {_tokens(each.committed)} committed",
         fontsize=10.5,
         fontweight="bold",
         color=_INK,
@@ -196,6 +196,10 @@ def _draw_replaced(axes: Any, cell: Cell, row: TokenRow, at: int) -> None:
         cell.column + 0.5, at + 0.83, cell.reason, fontsize=6.5, ha="center", va="center", color="#A33B34",
         parse_math=False,
     )  # fmt: skip
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _draw_legend(figure: Any, found: Sequence[RoundPicture], colours: dict[str, str], total: float) -> None:

@@ -149,7 +149,9 @@ def core() -> ctypes.CDLL:
         raise RuntimeError(MISSING)
     header = isa.header()
     sources = sorted(CORE.iterdir())
-    text = "".join([_processor(), header, *FLAGS, *(source.read_text(encoding="utf-8") for source in sources)])
+    text = "".join(
+        [_processor(), header, *FLAGS, *(source.read_text(encoding="utf-8") for source in sources)]
+    )
     folder = Path(tempfile.gettempdir(), f"pyramid-ptx-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     library = folder / "machine.so"
     if not library.exists():
