@@ -135,7 +135,7 @@ class _Launch(ctypes.Structure):
 
 
 def _processor() -> str:
-    """What tells processors apart whose instructions differ: the core is built for the one at hand."""
+    """Words that tell processors apart whose instructions differ: the core is built for the one at hand."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
