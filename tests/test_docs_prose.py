@@ -55,3 +55,12 @@ def test_no_page_is_named_that_is_not_there() -> None:
         assert named <= pages, f"{file.relative_to(ROOT)} names {sorted(named - pages)}"
         cited = re.findall(r"\b(?:DESIGN|HOUSE|STYLE|PAPER)\b", text)
         assert not cited, f"{file.relative_to(ROOT)} cites {sorted(set(cited))}"
+
+
+def test_pages_hold_no_placeholders() -> None:
+    """A word in capitals with an underscore, outside of code, waits for its text."""
+    found = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        found += [f"{page.name}: {word}" for word in re.findall(r"\b[A-Z]{3,}_[A-Z_0-9]+\b", prose)]
+    assert not found, found
