@@ -58,9 +58,11 @@ def test_no_page_is_named_that_is_not_there() -> None:
 
 
 def test_pages_hold_no_placeholders() -> None:
-    """A word in capitals with an underscore, outside of code, waits for its text."""
+    """A word in capitals with an underscore, outside of code, waits for its text; the paper's methods do not."""
     found = []
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        found += [f"{page.name}: {word}" for word in re.findall(r"\b[A-Z]{3,}_[A-Z_0-9]+\b", prose)]
+        found += [
+            f"{page.name}: {word}" for word in re.findall(r"\b(?!PSD_[AF]\b)[A-Z]{3,}_[A-Z_0-9]+\b", prose)
+        ]
     assert not found, found
