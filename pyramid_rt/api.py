@@ -48,7 +48,7 @@ def load(
     weights_dir: str | Path,
     *,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_seq: int | None = None,
     backend: str | None = None,
     control: str | None = None,
@@ -65,7 +65,7 @@ def load(
     Args:
         weights_dir: `draft/ qualifier/ target/`, or a `pyramid.json` that names them, or one model.
         device: "cuda", "cuda:N" or "cpu"; CUDA where there is one.
-        dtype: "float32", "bfloat16" or "float16"; by default bfloat16 on CUDA and float32 on a CPU.
+        dtype: "float32", "bfloat16" or "float16", or torch's; by default bfloat16 on CUDA and float32 on a CPU.
         max_seq: positions of the caches; by default what the models allow, at most 4096.
         backend: "triton" (the default on CUDA) or "torch" (the default on a CPU, and runs on both).
         control: "host" or "device", who ends an inner round; by default the host on a CPU.
@@ -230,9 +230,11 @@ def _graphs(asked: bool | GraphKind | None) -> bool | GraphKind | None:
         ) from None
 
 
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+def _dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(name, torch.dtype) and name in DTYPES.values():
+        return name
     if not isinstance(name, str) or name not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, found {checks.shown(name)}")
     return DTYPES[name]

@@ -95,7 +95,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
             result = stream.result
         if result.trace is not None:
             print(result.trace.view(colour=_stderr().is_terminal), file=sys.stderr)
-        _stderr().print(report.summary(result), style="dim", highlight=False, soft_wrap=True)
+        _stderr().print(report.summary(result, pyramid.max_seq), style="dim", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -122,7 +122,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
             sys.stdout.write(DEMO_PREFIX)
             with contextlib.closing(pyramid.stream(DEMO_PREFIX, params)) as stream:
                 _show(stream)
-                console.print(report.summary(stream.result), style="dim")
+                console.print(report.summary(stream.result, pyramid.max_seq), style="dim")
         console.rule("the methods on this machine")
         with _stderr().status("measuring") as status:
             rows = compare(

@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def summary(result: GenerationResult) -> str:
-    """Return one line on a result: how much, how fast, why it ended."""
+def summary(result: GenerationResult, max_seq: int) -> str:
+    """Return one line on a result of a pyramid of `max_seq` positions: how much, how fast, why it ended."""
     stats = result.stats.to_dict()
+    full = result.finish_reason == "length" and result.usage["total_tokens"] >= max_seq
     parts = [
         f"{len(result.tokens)} tokens",
         f"{_number(stats['tokens_per_second'])} tokens/s",
         f"{_number(stats['tokens_per_target_forward'], 2)} per target pass",
         f"first after {_number(_thousandfold(stats['time_to_first_token']))} ms",
-        f"ended by {result.finish_reason}",
+        f"ended by {result.finish_reason}" + (f" (the context of {max_seq} is full)" if full else ""),
         f"seed {result.seed}",
     ]
     return " · ".join(parts)

@@ -338,3 +338,11 @@ def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str], tmp_path:
     assert len(tables) >= 10
     assert max(map(len, tables)) <= 80
     assert "…" not in "".join(tables)
+
+
+def test_the_end_of_the_context_is_told_from_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("generate", "--ignore-eos", "--method", "ar", "--max-seq", "40")
+    assert run(*common, "--max-new-tokens", "500", "x = ") == 0
+    assert "ended by length (the context of 40 is full)" in capsys.readouterr().err
+    assert run(*common, "--max-new-tokens", "5", "x = ") == 0
+    assert "ended by length ·" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_arguments_count_by_what_they_equal(tiny_dir: Path) -> None:
         ({"device": 0}, r"device must be 'cpu' or 'cuda', found 0"),
         ({"device": b"cpu"}, "device must be"),
         ({"device": "cuda:" + "9" * 40}, "device"),
-        ({"dtype": torch.float32}, "dtype must be one of float32, bfloat16, float16"),
+        ({"dtype": torch.float64}, "dtype must be one of float32, bfloat16, float16, found torch.float64"),
         ({"max_seq": 64.0}, r"max_seq must be an integer in 2\.\.256.*found 64\.0"),
         ({"max_seq": True}, "max_seq must be an integer"),
         ({"max_seq": "64"}, "max_seq must be an integer"),
@@ -364,3 +364,8 @@ def test_dynamic_rope_keeps_no_keys_of_a_prompt_of_another_length(dynamic: Path)
             reused.append(out.stats.reused_tokens)
     # Within the original context, and for a prompt of the same length, keys are kept.
     assert [count > 0 for count in reused] == [False, False, False, True, False, False, False]
+
+
+def test_torchs_types_are_types_too(tiny_dir: Path) -> None:
+    with pyramid_rt.load(tiny_dir, device="cpu", dtype=torch.bfloat16) as rt:
+        assert rt.tiers[-1].cache.buffer.dtype == torch.bfloat16  # type: ignore[attr-defined]
