@@ -31,7 +31,7 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
     plain = _plain(value)
     try:
         number = None if isinstance(plain, bool) else int(operator.index(plain))
-    except TypeError:
+    except Exception:  # a caller's own type may raise anything
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         if low is not None and high is not None:

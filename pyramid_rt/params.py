@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -161,7 +162,7 @@ class SamplingParams:
     heal: bool = False
     max_time: float | None = None
 
-    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __init__(self, **options: Unpack[Options]) -> None:
         self._fill(options, {})
@@ -292,6 +293,10 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     stops = tuple(checks.text(name, stop) for stop in checks.sequence(name, value, "strings, or a string"))
+    for stop in stops:
+        lone = re.search("[\ud800-\udfff]", stop)
+        if lone is not None:
+            raise InputError(f"{name}: {checks.shown(stop)} holds {lone[0]!r}, a lone surrogate and no text")
     check_stops(stops)
     return stops
 

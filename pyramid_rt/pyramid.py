@@ -113,12 +113,16 @@ class Pyramid:
         self._kept: OrderedDict[tuple[Any, ...], Engine] = OrderedDict()
 
     def __repr__(self) -> str:
+        if self._gate.closed:
+            return "<Pyramid, closed>"
         names = " < ".join(tier.name for tier in self.tiers)
         return f"<Pyramid {names}, {self.default_method} on {self.device}, {self.max_seq} positions>"
 
     @property
     def max_seq(self) -> int:
-        """Positions a sequence may have, prompt included."""
+        """Positions a sequence may have, prompt included. Raises BusyError after `close`."""
+        if self._gate.closed:
+            raise BusyError(CLOSED)
         return min(tier.max_seq for tier in self.tiers)
 
     @property

@@ -133,7 +133,12 @@ class Stream(Iterator[str]):
                 self._finish()
                 return False
             self._visit.reader = caller if self._visit.needs_reader else Caller.current()
-            self._work = self._make()
+            try:
+                self._work = self._make()
+            except BaseException as error:
+                self._keep_partial(error)
+                self._finish()
+                raise
             return True
 
     def read(self, caller: Caller) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import http
 import math
@@ -178,3 +179,23 @@ def test_what_params_leave_open_is_the_pyramids_default(tiny: Pyramid) -> None:
     short = Pyramid(tiny.tiers, vocab_size=tiny.vocab_size, defaults={"max_new_tokens": 3})
     assert len(short.generate([5, 6, 7], SamplingParams(ignore_eos=True)).tokens) == 3
     assert len(short.generate([5, 6, 7], SamplingParams(ignore_eos=True, max_new_tokens=4)).tokens) == 4
+
+
+@pytest.mark.parametrize("stop", ["\ud800", ["a", "b\udfffc"]])
+def test_stop_strings_are_text(stop: Any) -> None:
+    with pytest.raises(InputError, match=r"^stop: .* a lone surrogate and no text$"):
+        SamplingParams(stop=stop)
+
+
+def test_options_can_be_replaced() -> None:
+    params = dataclasses.replace(SamplingParams(temperature=0.5, stop="x"), seed=1)
+    assert (params.temperature, params.stop, params.seed) == (0.5, ("x",), 1)
+
+
+def test_a_number_that_fails_is_no_number() -> None:
+    class Odd:
+        def __index__(self) -> int:
+            raise ValueError("not today")
+
+    with pytest.raises(InputError, match="max_new_tokens must be an integer"):
+        SamplingParams(max_new_tokens=Odd())  # type: ignore[arg-type]

@@ -167,3 +167,15 @@ def test_every_tensor_names_its_dtype_and_device(room: str) -> None:
         for line, what in careless(file.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)
+
+
+def test_warnings_about_algorithms_stay_warnings(tiny_dir: Path) -> None:
+    before = torch.get_deterministic_debug_mode()
+    try:
+        with pyramid_rt.load(tiny_dir, device="cpu") as rt:
+            for mode in (0, 1, 2):
+                torch.set_deterministic_debug_mode(mode)
+                rt.generate("x = ", max_new_tokens=2)
+                assert torch.get_deterministic_debug_mode() == mode
+    finally:
+        torch.set_deterministic_debug_mode(before)

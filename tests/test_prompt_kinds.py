@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyramid_rt import InputError, Pyramid
+from pyramid_rt.text.chat import plain_messages
 
 MESSAGE = {"role": "user", "content": "x"}
 
@@ -54,3 +55,34 @@ def test_one_message_without_its_list_is_told_so(tiny: Pyramid) -> None:
 def test_integers_of_any_library_are_token_ids(tiny: Pyramid, prompt: Any) -> None:
     tokens = tiny.generate([5, 6, 7], max_new_tokens=4).tokens
     assert tiny.generate(prompt, max_new_tokens=4).tokens == tokens
+
+
+class Failing:
+    def model_dump(self) -> dict[str, Any]:
+        raise ValueError("not today")
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _endless() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": "a", "x": _nested(5000)}, "nested too deep, or holds itself"),
+        ({"role": "user", "content": _endless()}, "nested too deep, or holds itself"),
+        (Failing(), "cannot be read: ValueError: not today"),
+    ],
+)
+def test_messages_that_cannot_be_read(message: Any, words: str) -> None:
+    with pytest.raises(InputError, match=rf"^prompt: message 0 .*{words}"):
+        plain_messages([message])

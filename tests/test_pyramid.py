@@ -328,3 +328,11 @@ def test_the_one_liner(tiny_dir: Path, tiny: Loaded) -> None:
 def test_repr_says_what_it_is(tiny_dir: Path) -> None:
     with pyramid_rt.load(tiny_dir, device="cpu", max_seq=64) as rt:
         assert repr(rt) == "<Pyramid draft < qualifier < target, psd on cpu, 64 positions>"
+
+
+def test_a_closed_pyramid_says_so(tiny_dir: Path) -> None:
+    rt = pyramid_rt.load(tiny_dir, device="cpu")
+    rt.close()
+    assert repr(rt) == "<Pyramid, closed>"
+    with pytest.raises(BusyError, match="closed"):
+        _ = rt.max_seq

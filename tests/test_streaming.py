@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 
 import pyramid_rt
-from pyramid_rt import BusyError
+from pyramid_rt import BusyError, WeightsError
 from pyramid_rt.gate import Gate
 from pyramid_rt.running import Run
 
@@ -189,3 +190,17 @@ def test_an_interruption_while_waiting_leaves_a_result(
                 next(stream)
         assert stream.result.finish_reason == "cancelled"
         assert stream.result.tokens == []
+
+
+def test_a_start_that_fails_lets_the_next_call_in(tmp_path: Path) -> None:
+    """Weights of a tier are read when a call first needs it, and may be gone by then."""
+    demo = Path(shutil.copytree(pyramid_rt.demo_weights(), tmp_path / "demo"))
+    with pyramid_rt.load(demo, device="cpu", max_seq=64) as rt:
+        missing = demo / "qualifier" / "model.safetensors"
+        missing.rename(tmp_path / "kept")
+        stream = rt.stream("x = ", method="psd", max_new_tokens=4)
+        with pytest.raises(WeightsError):
+            next(stream)
+        assert rt.generate("x = ", method="ar", max_new_tokens=4, max_time=20.0).finish_reason != "timeout"
+        (tmp_path / "kept").rename(missing)
+        assert rt.generate("x = ", method="psd", max_new_tokens=4, ignore_eos=True).tokens

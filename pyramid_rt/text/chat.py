@@ -123,7 +123,18 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """
     if not messages:
         raise InputError("prompt: the list of messages is empty")
-    return [_plain_message(f"prompt: message {index}", message) for index, message in enumerate(messages)]
+    plain = []
+    for index, message in enumerate(messages):
+        where = f"prompt: message {index}"
+        try:
+            plain.append(_plain_message(where, message))
+        except InputError:
+            raise
+        except RecursionError:
+            raise InputError(f"{where} is nested too deep, or holds itself") from None
+        except Exception as error:  # a caller's own type may raise anything
+            raise InputError(f"{where} cannot be read: {type(error).__name__}: {error}") from error
+    return plain
 
 
 def _plain_message(where: str, message: Any) -> dict[str, Any]:

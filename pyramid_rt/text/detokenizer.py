@@ -44,7 +44,6 @@ class TextAssembler:
         """
         check_stops(stops)
         self._stops = tuple(sorted(set(stops), key=len, reverse=True))
-        self._prefixes = frozenset(stop[:size] for stop in self._stops for size in range(1, len(stop)))
         self._longest = max(map(len, self._stops), default=0)
         self._hidden = hidden_ids | tokenizer.special_ids
         self._detokenizer: _Detokenizer = (
@@ -109,7 +108,7 @@ class TextAssembler:
                     self.stopped, self._held = True, ""
                     return text[: end - len(stop)]
         for size in range(min(self._longest - 1, len(text)), 0, -1):
-            if text[-size:] in self._prefixes:
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
                 self._held = text[-size:]
                 return text[:-size]
         self._held = ""

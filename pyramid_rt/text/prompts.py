@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramid_rt.errors import InputError
+from pyramid_rt.errors import InputError, WeightsError
+from pyramid_rt.json_files import read_bytes
 from pyramid_rt.text.tokenizer import Tokenizer
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -41,9 +42,9 @@ def read_prompts(file: str | Path) -> list[FilePrompt]:
     file = Path(file)
     try:
         # Newlines are taken as they are: splitlines() would also split at form feeds and the like.
-        text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise InputError(f"{file}: cannot read it: {error.strerror}") from error
+        text = read_bytes(file).decode("utf-8").replace("\r\n", "\n")
+    except WeightsError as error:  # of a file, a device, a pipe
+        raise InputError(str(error)) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 (byte {error.start})") from error
     lines = text.split("\n")
@@ -94,6 +95,8 @@ def _json_lines(file: Path, lines: list[str]) -> Iterator[FilePrompt]:
             entry = json.loads(line)
         except ValueError as error:
             raise InputError(f"{where}: not valid JSON: {error}") from error
+        except RecursionError:
+            raise InputError(f"{where}: nested too deep") from None
         yield FilePrompt(where, _content(where, entry))
 
 

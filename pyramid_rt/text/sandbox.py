@@ -96,6 +96,10 @@ def written(pieces: Iterable[str]) -> str:
     return "".join(kept)
 
 
+# Entries of a list that are compared in the time of a step.
+_SCANNED = 16
+
+
 def _step() -> None:
     budget = _budget.get()
     if budget is not None:
@@ -223,6 +227,11 @@ def _check_cut(_: Any, count: Any = 0, *__: Any, **___: Any) -> None:
     _check_widths(count)
 
 
+def _check_round(_: Any, precision: Any = 0, *__: Any, **___: Any) -> None:
+    if isinstance(precision, int):  # the filter takes 10 to this power
+        _check_bits(4 * abs(precision))
+
+
 def _check_product(left: Any, right: Any) -> None:
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
@@ -243,6 +252,7 @@ _FILTER_CHECKS: dict[str, Callable[..., None]] = {
     "indent": _check_indent,
     "join": _check_join,
     "replace": _check_replace,
+    "round": _check_round,
     "slice": _check_cut,
     "sum": _check_sum,
     "tojson": _check_tojson,
@@ -270,6 +280,20 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if check is not None:
             check(*arguments[first:], **named)
         return _counted(function(*arguments, **named))
+
+    return guarded
+
+
+def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test that is counted: `select` and its like make one for every entry."""
+
+    @wraps(function)
+    def guarded(*given: Any, **named: Any) -> Any:
+        _step()
+        if name == "in" and isinstance(given[-1], list | tuple):
+            for _ in range(len(given[-1]) // _SCANNED):
+                _step()
+        return function(*given, **named)
 
     return guarded
 
@@ -363,6 +387,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             for name, function in filters.items()
             if name not in _MISSING_FILTERS
         }
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: _guarded_test(name, test) for name, test in tests.items()}
 
     def concat(self, pieces: Iterable[str]) -> str:
         """The pieces that a macro or a block writes, put together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,16 @@ def test_encoding_names_the_place(tiny: Pyramid) -> None:
         encode(FilePrompt("here", "\udcff"), tokenizer, 8)
     with pytest.raises(InputError, match=r"^here: "):
         encode(FilePrompt("here", [{"role": "user"}]), tokenizer, 99)
+
+
+def test_what_is_no_text_is_refused_at_once(tmp_path: Path) -> None:
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"deep\.jsonl, line 1: nested too deep"):
+        read_prompts(deep)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="expected a file"):
+        read_prompts(pipe)
+    with pytest.raises(InputError, match="expected a file"):
+        read_prompts("/dev/zero")

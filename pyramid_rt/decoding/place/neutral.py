@@ -40,7 +40,8 @@ _SETTINGS = (
         torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, True
     ),
     _Setting(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, True),
-    _Setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, False),
+    # The mode tells errors from warnings, which "enabled or not" does not.
+    _Setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
 )
 
 _lock = threading.Lock()
