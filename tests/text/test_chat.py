@@ -263,7 +263,10 @@ def test_what_was_exceeded_is_named(tmp_path: Path) -> None:
         ("{{ 'a'.ljust(10**5) }}", "it asks for a width or count of more than 10000"),
         ("{{ 9 ** 99999 }}", "it makes a number of more than 4096 bits"),
         ("{{ 1 | round(20000000) }}", "it makes a number of more than 4096 bits"),
-        ("{% set l = range(60000) | list %}{{ l | select('in', l) | list }}", "it takes more than 200000 loop passes"),
+        (
+            "{% set l = range(60000) | list %}{{ l | select('in', l) | list }}",
+            "it takes more than 200000 loop passes",
+        ),
     ):
         with pytest.raises(InputError, match=words):
             chat_tokenizer(tmp_path, template).render_chat([USER])
