@@ -107,8 +107,9 @@ class KernelObserver:
 
     def _probabilities(self, seen: Before) -> Measured:
         """Of a rejection's proposed tokens: p, q of the tier they were drawn from, and the acceptance uniforms."""
-        s, rows = self._state, torch.arange(seen.row, seen.row + seen.count, device=self._state.rows.device)
-        places = torch.arange(seen.position, seen.position + seen.count, device=rows.device)
+        s, device = self._state, self._state.rows.device
+        rows = torch.arange(seen.row, seen.row + seen.count, dtype=torch.int64, device=device)
+        places = torch.arange(seen.position, seen.position + seen.count, dtype=torch.int64, device=device)
         words = ops.random_words(s.seed, places, ops.PURPOSE_ACCEPT, seen.level - 1, 1)
         verifying = torch.full_like(seen.source, seen.level)
         return Measured(
