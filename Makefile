@@ -10,10 +10,10 @@ FUZZ_SEED ?= 1
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real train-demo test test-compiled fuzz examples lint types docs kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test test-compiled test-compiled-short fuzz examples lint types docs kernels bench wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "After any of them the command is $(BIN)/pyramid-rt; after '. $(BIN)/activate' it is pyramid-rt itself."
 
@@ -47,13 +47,20 @@ examples: $(VENV)/.dev ## run every example by its own tests
 # the tests needs Triton's interpreter. Every launch is repeated under SEEDS schedules, whose bits must agree.
 MACHINES ?= sm_80 sm_90
 SEEDS ?= 20
-test-compiled: export OMP_NUM_THREADS ?= 1
-test-compiled: export OMP_WAIT_POLICY ?= passive
+test-compiled test-compiled-short: export OMP_NUM_THREADS ?= 1
+test-compiled test-compiled-short: export OMP_WAIT_POLICY ?= passive
 test-compiled: $(VENV)/.dev ## run every kernel compiled, without a GPU, in adversarial schedules
 	@for arch in $(MACHINES); do \
 		PYRAMID_PTX=$$arch PYRAMID_PTX_SEEDS=$(SEEDS) $(BIN)/pytest -n auto --dist worksteal tests/kernels || exit 1; \
 		PYRAMID_PTX=$$arch $(BIN)/pytest -n auto tests/ptx tests/models/test_triton_backend.py || exit 1; \
 	done
+
+# Every op in bfloat16, what kernels ship in, under three schedules; 8 sampled tokens of each method.
+test-compiled-short: $(VENV)/.dev ## the same for sm_80 alone and in bfloat16, in minutes
+	@PYRAMID_PTX=sm_80 PYRAMID_PTX_SEEDS=2 $(BIN)/pytest -q -n auto --dist worksteal tests/kernels/decide \
+		tests/kernels/forward tests/kernels/test_noise.py -k "not refuses and not dtype0 and not dtype2"
+	@PYRAMID_PTX=sm_80 PYRAMID_PTX_TOKENS=8 $(BIN)/pytest -q -n auto tests/ptx \
+		-k "not float32_decodes and (not bfloat16_decodes or 0.8)"
 
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .

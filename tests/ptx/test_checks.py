@@ -115,6 +115,12 @@ def test_what_was_never_written_may_not_matter() -> None:
     caught("uninitialised", "shfl.sync.bfly.b32 %r100, %r55, 1, 31, -1;")
     # Half of the lanes were given a value.
     caught("uninitialised", "setp.lt.s32 %p1, %r9000, 40; @%p1 mov.b32 %r55, 1; mov.b32 %r100, %r55;")
+    # A word may be put together of bytes of which some are: those that are may be used, the others not.
+    word = "prmt.b32 %r56, %r55, %r0, 0x7650; prmt.b32 %r57, %r55, %r56, 0x7654; or.b32 %r57, %r57, 0x100;"
+    passes(f"{word} prmt.b32 %r100, %r57, 0, 0x4321;")
+    caught("uninitialised", f"{word} prmt.b32 %r100, %r57, 0, 0x4320;")
+    caught("uninitialised", f"{word} add.s32 %r100, %r57, 1;")
+    caught("uninitialised", f"{word} mov.b32 %r10, global_smem; ld.shared.b32 %r57, [%r10]; prmt.b32 %r100, %r57, 0, 0x4321;", warps=1)
     # It may be carried about, as long as no result depends on it.
     passes("setp.eq.b32 %p1, %r0, %r0; add.s32 %r56, %r55, 1; selp.b32 %r100, %r0, %r56, %p1;")
 

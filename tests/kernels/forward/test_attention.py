@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
@@ -265,7 +264,7 @@ def test_a_row_that_sees_nothing_is_zero() -> None:
 
 
 @triton.jit
-def count_kernel(rows_ptr: Any, out_ptr: Any, BLOCK: tl.constexpr) -> None:
+def count_kernel(rows_ptr: tl.tensor, out_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
     lane = tl.arange(0, BLOCK)
     rows = tl.load(rows_ptr + lane)
     tl.store(out_ptr + lane, attention._split_count(rows, 256, 1024, 2048, 8192, 32768))

@@ -32,6 +32,20 @@ static inline int32_t s32(uint32_t x) { return (int32_t)x; }
     (void)x, (void)y, (void)z; uint64_t v = (uint64_t)(e); o[l] = (uint32_t)v; o[l + LANES] = (uint32_t)(v >> 32); } break;
 #define CUT(x) ((x) & 0xffff)
 
+/* Words put together of bytes some of which are not initialised: each byte of the result is as good as its sources. */
+static void partly_defined(Machine *m, const Ins *i) {
+    Warp *w = m->w; uint32_t planes[4] = {0}, all = ~0u;
+    for (uint32_t k = 0; k < 4; k++) {
+        if (i->op != OP_PRMT_B32) planes[k] = byte_defined(w, i->a, k) & byte_defined(w, i->b, k);
+        else EACH_LANE {
+            uint32_t s = w->r[i->c * LANES + l] >> 4 * k & 7;
+            planes[k] |= (byte_defined(w, s < 4 ? i->a : i->b, s & 3) & w->defined[i->c]) & 1u << l;
+        }
+        all &= planes[k];
+    }
+    set_defined(w, i->d, m->mask, all);
+    for (int k = 0; k < 4; k++) w->bytes[4 * i->d + k] = (w->bytes[4 * i->d + k] & ~m->mask) | (planes[k] & m->mask);
+}
 static void arithmetic(Machine *m, const Ins *i) {
     Warp *w = m->w; uint32_t o[2 * LANES];
     const uint32_t *A = w->r + i->a * LANES, *B = w->r + i->b * LANES, *C = w->r + i->c * LANES;
@@ -72,11 +86,13 @@ static void arithmetic(Machine *m, const Ins *i) {
     default: fault(m, FAULT_UNKNOWN, 0, 0, 0);
     }
     int units = i->wide ? 2 : 1;
+    int bytewise = i->op == OP_PRMT_B32 || i->op == OP_OR_B32 || i->op == OP_AND_B32 || i->op == OP_XOR_B32 || i->op == OP_MOV_B32;
+    if (bytewise && m->mask & ~good) partly_defined(m, i); /* before the result is written, where it may be a source */
     for (int k = 0; k < units; k++) {
         uint32_t *d = w->r + (i->d + k) * LANES;
         if (m->mask == ~0u) memcpy(d, o + k * LANES, 4 * LANES);
         else EACH_LANE if (m->mask >> l & 1) d[l] = o[l + k * LANES];
-        set_defined(w, i->d + k, m->mask, good);
+        if (!bytewise || !(m->mask & ~good)) set_defined(w, i->d + k, m->mask, good);
     }
 }
 

@@ -156,11 +156,12 @@ static void open_block(Machine *m, Block *b, int linear) {
     for (int k = 0; k < l->warps; k++) {
         Warp *w = b->warps + k;
         if (!w->r) {
-            w->r = calloc((size_t)l->nunits * LANES, 4); w->defined = malloc(4 * (size_t)l->nunits);
+            w->r = calloc((size_t)l->nunits * LANES, 4); w->defined = malloc(4 * (size_t)l->nunits); w->bytes = malloc(16 * (size_t)l->nunits);
             w->pred = calloc((size_t)l->npreds + 1, 4); w->pdefined = malloc(4 * ((size_t)l->npreds + 1));
             for (int u = 0; u < l->nconstants; u++) for (int n = 0; n < LANES; n++) w->r[(l->nunits - l->nconstants + u) * LANES + n] = l->constants[u];
         }
         memset(w->defined, 0, 4 * (size_t)l->nunits); memset(w->defined, 0xff, 8); /* unit 0: the constant 0 */
+        memset(w->bytes, 0, 16 * (size_t)l->nunits);
         memset(w->defined + l->nunits - l->nconstants, 0xff, 4 * (size_t)l->nconstants);
         memset(w->pdefined, 0, 4 * ((size_t)l->npreds + 1));
         w->pred[0] = ~0u; w->pdefined[0] = ~0u; /* true */
@@ -200,7 +201,7 @@ static void discard(Machine *m, Block *blocks, int resident) {
         free(b->shared); free(b->state); free(b->shadow); free(b->stores); free(b->lines);
         for (int j = 0; j < MAX_WARPS; j++) {
             Warp *w = b->warps + j;
-            free(w->r); free(w->defined); free(w->pred); free(w->pdefined); free(w->copies); free(w->products); free(w->foreign);
+            free(w->r); free(w->defined); free(w->bytes); free(w->pred); free(w->pdefined); free(w->copies); free(w->products); free(w->foreign);
         }
     }
     for (int r = 0; r < m->l->nregions; r++) {

@@ -201,19 +201,19 @@ static void count_sectors(uint64_t *total, const uint64_t *address, uint32_t mas
     }
     *total += (uint64_t)n;
 }
-/* Wavefronts beyond the least that an access needs: 32 banks of 4 bytes, groups of 128 bytes at a time. */
+/* Wavefronts beyond the least that an access needs: 32 banks of 4 bytes, groups of 128 bytes at a time. An access
+   is aligned, so its banks are hit together and count as one. */
 static void count_conflicts(uint64_t *total, const uint64_t *address, uint32_t mask, int size) {
-    int group = size <= 4 ? 32 : size == 8 ? 16 : 8;
+    int unit = size < 4 ? 4 : size, group = 128 / unit;
     for (int first = 0; first < LANES; first += group) {
-        uint64_t word[32][32]; int depth[32] = {0}, worst = 1;
-        for (int l = first; l < first + group; l++) if (mask >> l & 1)
-            for (int k = 0; k < (size + 3) / 4; k++) {
-                uint64_t x = address[l] / 4 + k; int bank = (int)(x % 32), i = 0;
-                while (i < depth[bank] && word[bank][i] != x) i++;
-                if (i == depth[bank]) word[bank][depth[bank]++] = x;
-                if (depth[bank] > worst) worst = depth[bank];
-            }
-        *total += worst - 1;
+        uint32_t word[32][32]; int depth[32] = {0}, worst = 1;
+        for (int l = first; l < first + group; l++) if (mask >> l & 1) {
+            uint32_t x = (uint32_t)address[l] / (uint32_t)unit, bank = x % (uint32_t)group; int i = 0;
+            while (i < depth[bank] && word[bank][i] != x) i++;
+            if (i == depth[bank]) word[bank][depth[bank]++] = x;
+            if (depth[bank] > worst) worst = depth[bank];
+        }
+        *total += (uint64_t)(worst - 1);
     }
 }
 static void addresses(Machine *m, const Ins *i, uint64_t *out) {
@@ -222,6 +222,7 @@ static void addresses(Machine *m, const Ins *i, uint64_t *out) {
 }
 static void put(Machine *m, int32_t unit, int wide, int size, int lane, const uint8_t *from, int is_signed) {
     uint64_t x = 0;
+    if (size == 4 && !wide) { memcpy(m->w->r + unit * LANES + lane, from, 4); return; } /* nearly all: a fixed size is fast */
     memcpy(&x, from, (size_t)size);
     if (is_signed && size < 8) x = (uint64_t)((int64_t)(x << (64 - 8 * size)) >> (64 - 8 * size));
     m->w->r[unit * LANES + lane] = (uint32_t)x;
@@ -236,7 +237,7 @@ static void load(Machine *m, const Ins *i) {
         if (i->flags & FLAG_SHARED) {
             uint32_t s = shared_at(m, at[l], bytes, l);
             initialised = shared_read(m, s, bytes, l);
-            memcpy(data, m->block->shared + s, (size_t)bytes);
+            if (bytes == 16) memcpy(data, m->block->shared + s, 16); else memcpy(data, m->block->shared + s, (size_t)bytes);
         } else {
             const Buffer *b = buffer_of(m, at[l], bytes, l, &hint);
             m->l->traffic[2 * (b - m->l->buffers)] += (uint64_t)bytes;

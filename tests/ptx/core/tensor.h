@@ -44,7 +44,7 @@ static void write_d(Machine *m, const int32_t *units, const int32_t *c, int n, c
             m->w->r[units[k] * LANES + l] = as_bits((float)acc[row * n + column]);
             if (t->bad_rows >> row & 1 || t->bad_columns[column]) good &= ~(1u << l);
         }
-        m->w->defined[units[k]] = good;
+        set_defined(m->w, units[k], ~0u, good);
     }
 }
 static void whole_warp(Machine *m) { if (m->mask != ~0u) fault(m, FAULT_LANES, first_lane(m->mask), 0, 0); }
@@ -93,7 +93,7 @@ static void ldmatrix(Machine *m, const Ins *i) {
             }
             m->w->r[d * LANES + l] = x;
         }
-        m->w->defined[d] = defined;
+        set_defined(m->w, d, ~0u, defined);
     }
 }
 static void stmatrix(Machine *m, const Ins *i) {
@@ -166,7 +166,7 @@ static void wgmma(Machine *m, const Ins *i) {
     Product p = {i, i->flags & FLAG_A_REGS ? 0 : get64(w, i->a, 0), get64(w, i->b, 0), w->pgroup, scale,
                  undefined, m->pc, m->block->epoch};
     if (m->l->products == 0 || (m->l->products == 2 && !w->nproducts && dice(m) % 2)) { multiply(m, &p); return; }
-    for (int k = 0; k < i->vec / 2; k++) w->defined[u[k]] = 0; /* nobody may use them before the wait */
+    for (int k = 0; k < i->vec / 2; k++) set_defined(w, u[k], ~0u, 0); /* nobody may use them before the wait */
     if (w->nproducts == w->proom) w->products = grow(w->products, &w->proom, sizeof(Product));
     w->products[w->nproducts++] = p;
 }
@@ -176,5 +176,5 @@ static void wait_products(Machine *m, int32_t left) {
     w->nproducts -= done;
     memmove(w->products, w->products + done, sizeof(Product) * (size_t)w->nproducts);
     for (int k = 0; k < w->nproducts; k++) /* a later product holds them still */
-        for (int j = 0; j < w->products[k].ins->vec / 2; j++) w->defined[m->l->lists[w->products[k].ins->list + j]] = 0;
+        for (int j = 0; j < w->products[k].ins->vec / 2; j++) set_defined(w, m->l->lists[w->products[k].ins->list + j], ~0u, 0);
 }
