@@ -120,7 +120,11 @@ def test_what_was_never_written_may_not_matter() -> None:
     passes(f"{word} prmt.b32 %r100, %r57, 0, 0x4321;")
     caught("uninitialised", f"{word} prmt.b32 %r100, %r57, 0, 0x4320;")
     caught("uninitialised", f"{word} add.s32 %r100, %r57, 1;")
-    caught("uninitialised", f"{word} mov.b32 %r10, global_smem; ld.shared.b32 %r57, [%r10]; prmt.b32 %r100, %r57, 0, 0x4321;", warps=1)
+    caught(
+        "uninitialised",
+        f"{word} mov.b32 %r10, global_smem; ld.shared.b32 %r57, [%r10]; prmt.b32 %r100, %r57, 0, 0x4321;",
+        warps=1,
+    )
     # It may be carried about, as long as no result depends on it.
     passes("setp.eq.b32 %p1, %r0, %r0; add.s32 %r56, %r55, 1; selp.b32 %r100, %r0, %r56, %p1;")
 
