@@ -121,25 +121,16 @@ class Stream(Iterator[str]):
             self._ending.begin()
             caller = caller or Caller.current()
             try:
-                entered = self._gate.enter(
-                    self._visit, caller, blocking=blocking, until=self._ending.deadline
-                )
+                if self._gate.enter(self._visit, caller, blocking=blocking, until=self._ending.deadline):
+                    self._visit.reader = caller if self._visit.needs_reader else Caller.current()
+                    self._work = self._make()
+                    return True
             except BaseException as error:
-                self._keep_partial(error)
-                self._finish()
+                self._fail(error)
                 raise
-            if not entered:
-                self._result = self._unstarted("cancelled" if self._ending.cancelled else "timeout")
-                self._finish()
-                return False
-            self._visit.reader = caller if self._visit.needs_reader else Caller.current()
-            try:
-                self._work = self._make()
-            except BaseException as error:
-                self._keep_partial(error)
-                self._finish()
-                raise
-            return True
+            self._result = self._unstarted("cancelled" if self._ending.cancelled else "timeout")
+            self._finish()
+            return False
 
     def read(self, caller: Caller) -> str | None:
         """The next piece for a task, asked for in another thread; None at the end."""
@@ -185,14 +176,14 @@ class Stream(Iterator[str]):
             self._finish()
             raise StopIteration from None
         except BaseException as error:
-            self._keep_partial(error)
-            self._finish()
+            self._fail(error)
             raise
 
-    def _keep_partial(self, error: BaseException) -> None:
-        """Work that Ctrl-C or the end of the program interrupts was cancelled, and has the result of that."""
+    def _fail(self, error: BaseException) -> None:
+        """End by an error; work that Ctrl-C or the end of the program interrupts was cancelled, with its result."""
         if isinstance(error, INTERRUPTIONS):
             self._result = self._ending.partial or self._unstarted("cancelled")
+        self._finish()
 
     def _finish(self) -> None:
         """Forget the work, which holds the pyramid's buffers, and let the next call in."""

@@ -57,9 +57,9 @@ class _Budget:
         self._steps, self._total = 0, 0
         self._deadline = time.monotonic() + MAX_SECONDS
 
-    def step(self) -> None:
-        """Count a pass of a loop, a call or a filter."""
-        self._steps += 1
+    def step(self, count: int) -> None:
+        """Count passes of a loop, calls or filters."""
+        self._steps += count
         if self._steps > MAX_STEPS:
             raise LimitError(f"it takes more than {MAX_STEPS} loop passes and calls")
         if time.monotonic() > self._deadline:
@@ -100,10 +100,10 @@ def written(pieces: Iterable[str]) -> str:
 _SCANNED = 16
 
 
-def _step() -> None:
+def _step(count: int = 1) -> None:
     budget = _budget.get()
     if budget is not None:
-        budget.step()
+        budget.step(count)
 
 
 def _check_size(size: int) -> None:
@@ -289,10 +289,8 @@ def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @wraps(function)
     def guarded(*given: Any, **named: Any) -> Any:
-        _step()
-        if name == "in" and isinstance(given[-1], list | tuple):
-            for _ in range(len(given[-1]) // _SCANNED):
-                _step()
+        scanned = len(given[-1]) if name == "in" and isinstance(given[-1], list | tuple) else 0
+        _step(1 + scanned // _SCANNED)
         return function(*given, **named)
 
     return guarded

@@ -39,11 +39,6 @@ class IdleTeam:
     def __init__(self) -> None:
         self._end: threading.Event | None = None
 
-    @property
-    def there(self) -> bool:
-        """True from `start` to `stop`."""
-        return self._end is not None
-
     def start(self, threads: int) -> None:
         """Make a team of so many threads and return when it is there; nothing where there is one."""
         if self._end is None:
@@ -89,7 +84,7 @@ class Waits:
     def shorten(self, threads: int) -> None:
         """Short waits of operations of `threads` threads."""
         with self._lock:
-            self.team.start(max(2, available_cpus() + 2 - threads))
+            self._shorten(threads)
 
     @contextmanager
     def watched(self, threads: int) -> Iterator[None]:
@@ -108,10 +103,13 @@ class Waits:
                 return
             shared = self._lost >= SHARED * threads * self._seconds
             self._seconds, self._lost = 0.0, 0
-        if shared:
-            self.shorten(threads)
-        else:
-            self.team.stop()
+            if shared:
+                self._shorten(threads)
+            else:
+                self.team.stop()
+
+    def _shorten(self, threads: int) -> None:
+        self.team.start(max(2, available_cpus() + 2 - threads))
 
 
 def _involuntary_switches() -> int:
