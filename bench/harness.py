@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyramid_rt.decoding.place.threads import processor
 from pyramid_rt.tuning.turns import take_turns
 
 P = TypeVar("P")
@@ -29,7 +30,7 @@ def environment(device: str) -> dict[str, Any]:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -39,15 +40,6 @@ def environment(device: str) -> dict[str, Any]:
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
 @dataclass

@@ -92,6 +92,17 @@ def text(name: str, value: Any, expected: str = "a string") -> str:
     return str.__str__(value)
 
 
+def unicode_text(where: str, value: str) -> str:
+    """A string of characters; InputError, beginning with `where`, for one that holds a lone surrogate."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} is {value[error.start]!r}, a lone surrogate and no text"
+        ) from error
+    return value
+
+
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     """One of several strings."""
     choices = tuple(choices)

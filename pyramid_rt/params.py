@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -292,11 +291,8 @@ def _integers(low: int) -> _Check:
 def _stops(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
-    stops = tuple(checks.text(name, stop) for stop in checks.sequence(name, value, "strings, or a string"))
-    for stop in stops:
-        lone = re.search("[\ud800-\udfff]", stop)
-        if lone is not None:
-            raise InputError(f"{name}: {checks.shown(stop)} holds {lone[0]!r}, a lone surrogate and no text")
+    given = checks.sequence(name, value, "strings, or a string")
+    stops = tuple(checks.unicode_text(name, checks.text(name, stop)) for stop in given)
     check_stops(stops)
     return stops
 

@@ -35,6 +35,7 @@ from pyramid_rt.kernels.decide.rows import (
     row_normaliser,
     row_winner,
     slack,
+    sum_of_shares,
     tile_gaps,
 )
 from pyramid_rt.kernels.launch import Launch, arrive, tiles
@@ -251,13 +252,6 @@ def store_distance(
                 temperature, q_norm, q_cut, q_own, KIND, TOP, PROCESSED, SEARCH,
             )  # fmt: skip
         tl.store(distance_ptr + step, finished(total, KIND))
-
-
-@triton.jit
-def sum_of_shares(parts_ptr: tl.tensor, CHUNKS: tl.constexpr, SLOTS: tl.constexpr) -> tl.tensor:
-    """Parts that other programs stored, added in one fixed order."""
-    share = tl.arange(0, SLOTS)
-    return tl.sum(tl.load(parts_ptr + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"), 0)
 
 
 def plan(

@@ -33,6 +33,7 @@ from pyramid_rt.kernels.decide.rows import (
     row_winner,
     scaled_logits,
     slack,
+    sum_of_shares,
     tile_gaps,
 )
 from pyramid_rt.kernels.launch import Launch, arrive, tiles
@@ -190,18 +191,6 @@ def row_of(
     return level.to(tl.int64) * row_count + row, decided + step, active
 
 
-@triton.jit
-def mass_of_shares(
-    partials_ptr: tl.tensor, slot: tl.tensor, CHUNKS: tl.constexpr, SLOTS: tl.constexpr
-) -> tl.tensor:
-    """A row's sum of exp(s - top): the parts that other programs stored, added in one fixed order."""
-    share = tl.arange(0, SLOTS)
-    parts = tl.load(
-        partials_ptr + slot * CHUNKS + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"
-    )
-    return tl.sum(parts, 0)
-
-
 # What a request may change stays in device scalars; lengths of a round are part of a graph, as are these.
 @triton.jit
 def filters_kernel(
@@ -239,7 +228,7 @@ def filters_kernel(
     last = arrive(arrivals_ptr + slot, CHUNKS)
     if last == 0:
         return
-    mass = mass_of_shares(partials_ptr, slot, CHUNKS, SLOTS)
+    mass = sum_of_shares(partials_ptr + slot * CHUNKS, CHUNKS, SLOTS)
     token = row_winner(best_ptr, token_ptr, offset, tile_count, vocab, TILES)
     _, non_finite = row_normaliser(peak_ptr, total_ptr, offset, tile_count, TILES)
     cut = top * 0.0 + float("-inf")

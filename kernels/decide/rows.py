@@ -232,3 +232,10 @@ def listed_from(
         many += keep.to(tl.float32)
         mass += tl.where(keep, tl.exp(s - top), 0.0)
     return tl.sum(many, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def sum_of_shares(parts_ptr: tl.tensor, CHUNKS: tl.constexpr, SLOTS: tl.constexpr) -> tl.tensor:
+    """Parts that other programs stored, added in one fixed order."""
+    share = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(parts_ptr + share, mask=share < CHUNKS, other=0.0, cache_modifier=".cg"), 0)

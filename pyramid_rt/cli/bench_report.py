@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramid_rt import __version__
+from pyramid_rt.decoding.place.threads import processor
 from pyramid_rt.tuning.compare import BASELINE
 from pyramid_rt.tuning.speeds import Speed, Spread
 
@@ -81,7 +81,7 @@ def environment(pyramid: Pyramid) -> dict[str, Any]:
     cuda = pyramid.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(pyramid.device) if cuda else "cpu",
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "dtype": _dtype(pyramid),
         "control": pyramid.control,
@@ -98,15 +98,6 @@ def environment(pyramid: Pyramid) -> dict[str, Any]:
 def _dtype(pyramid: Pyramid) -> str | None:
     cache = getattr(pyramid.tiers[-1], "cache", None)
     return None if cache is None else str(cache.k[0].dtype).removeprefix("torch.")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
 def _percent(spread: Spread) -> str:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pyramid_rt import checks
 from pyramid_rt.errors import InputError, WeightsError
 from pyramid_rt.json_files import kind_of, read_bytes
 from pyramid_rt.text.chat import ChatTemplate
@@ -83,12 +84,7 @@ class Tokenizer:
             InputError: the text holds something that is not a Unicode character (a lone surrogate).
             TokenizerError: the tokenizer fails at this text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"prompt: character {error.start} is {text[error.start]!r}, a lone surrogate and no text"
-            ) from error
+        checks.unicode_text("prompt", text)
         with library(f"prompt: the tokenizer {self.directory / TOKENIZER_FILE} fails at this text"):
             encoding = self._core.encode(text, add_special_tokens=add_special_tokens is not False)
         ids: list[int] = list(encoding.ids)
