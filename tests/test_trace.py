@@ -18,7 +18,7 @@ import pyramid_rt
 from pyramid_rt import Fuzzy, GenerationResult, GenerationTrace, InputError, Match, Pyramid, SamplingParams
 from pyramid_rt.cli import main
 from pyramid_rt.decoding.observing import Observer
-from pyramid_rt.decoding.torch_steps import TorchSteps
+from pyramid_rt.decoding.rounds.torch_steps import TorchSteps
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord
 
@@ -148,7 +148,7 @@ def test_without_a_trace_a_verify_makes_nothing_for_one(
 
     monkeypatch.setattr(Observer, "saw", refuse)
     monkeypatch.setattr(Observer, "take", refuse)
-    monkeypatch.setattr("pyramid_rt.decoding.torch_steps.Verify.of", refuse)
+    monkeypatch.setattr("pyramid_rt.decoding.rounds.torch_steps.Verify.of", refuse)
     monkeypatch.setattr(Fuzzy, "measured", refuse)
     tiny.generate(PROMPT, max_new_tokens=12, method="psd")
     with pytest.raises(AssertionError, match="made an observer work"):

@@ -12,10 +12,10 @@ from pyramid_rt.decoding.graphs import Capture, Graphs, Recorder
 from pyramid_rt.decoding.observing import Observer, VerifyRecord
 from pyramid_rt.decoding.place import Place, inside
 from pyramid_rt.decoding.readback import RoundReader, Snapshot
-from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer
+from pyramid_rt.decoding.rounds.recursion import RoundRunner, Segment, TierTimer
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceTier, Tier
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.models.llama import SLACK_ROWS
 
 PREFILL_CHUNK = 512
@@ -60,7 +60,7 @@ def rounds_for(
     if state.decode_state is None:
         return TorchRoundRunner(tiers, plan, state, vocab_size, clock)
     # Triton, which the kernels need, is not everywhere.
-    from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
+    from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner
 
     return KernelRoundRunner(cast(Sequence[DeviceTier], tiers), plan, state, vocab_size, clock)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyramid_rt.decoding.place import Callback, CudaPlace
-from pyramid_rt.decoding.recursion import RoundRunner, Segment, TierTimer, timing
 from pyramid_rt.decoding.remedies import remedy
+from pyramid_rt.decoding.rounds.recursion import RoundRunner, Segment, TierTimer, timing
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.errors import GraphCaptureError
 

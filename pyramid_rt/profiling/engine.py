@@ -10,10 +10,10 @@ from pyramid_rt.decoding.engine import Engine, WindowRoundRunner
 from pyramid_rt.decoding.graphs import Recorder as GraphRecorder
 from pyramid_rt.decoding.place import Place, inside
 from pyramid_rt.decoding.readback import Snapshot
-from pyramid_rt.decoding.recursion import AnyRound, Steps, TierTimer, burst_name, verify_name
+from pyramid_rt.decoding.rounds.recursion import AnyRound, Steps, TierTimer, burst_name, verify_name
+from pyramid_rt.decoding.rounds.torch_steps import OpenRound, TorchRoundRunner
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import DeviceTier, Tier
-from pyramid_rt.decoding.torch_steps import OpenRound, TorchRoundRunner
 from pyramid_rt.profiling.spans import Recorder
 
 R = TypeVar("R", bound=AnyRound)

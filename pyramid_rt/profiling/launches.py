@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, Stage
-from pyramid_rt.decoding.recursion import burst_name
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner, Stage
+from pyramid_rt.decoding.rounds.recursion import burst_name
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceTier, Runnable
 from pyramid_rt.errors import PyramidError

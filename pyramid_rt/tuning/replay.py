@@ -26,7 +26,7 @@ from typing import Any
 
 from pyramid_rt.decoding.chains import build_plan
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS, rules_of
-from pyramid_rt.decoding.recursion import Recursion
+from pyramid_rt.decoding.rounds.recursion import Recursion
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.errors import InputError

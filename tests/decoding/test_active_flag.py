@@ -16,7 +16,7 @@ from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.rounds import damped_llama
 from pyramid_rt import Fuzzy, Match, Rejection
 from pyramid_rt.decoding.counters import COLUMN
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.kernels.decide.decode_state import active_at

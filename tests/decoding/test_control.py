@@ -11,8 +11,8 @@ from helpers.host_reads import no_host_reads
 from helpers.tables import TableTier, random_tables
 
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.rules import Rule
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 
 RULES = (Match(), Rejection(), Fuzzy(0.1), Fuzzy(0.1, "topk_js", "processed", or_match=True))
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "lengths": (2, 3), "seed": 3, "logprobs": 2}

@@ -19,9 +19,9 @@ from helpers.tables import (
 )
 from torch import Tensor
 
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner, TorchSteps
 from pyramid_rt.decoding.rules import Evidence, Fuzzy, Match, Rejection, Rule, Verdict
 from pyramid_rt.decoding.state import RoundPlan
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner, TorchSteps
 from pyramid_rt.kernels.reference import sampling as ops
 
 RUNS = 100_000

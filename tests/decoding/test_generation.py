@@ -16,7 +16,7 @@ from helpers.tables import TableTier, random_tables
 
 import pyramid_rt
 from pyramid_rt import NonFiniteLogitsError, Pyramid
-from pyramid_rt.decoding.recursion import Recursion
+from pyramid_rt.decoding.rounds.recursion import Recursion
 from pyramid_rt.decoding.tiers import shared_prefix
 
 TEXT = "def area(width, height):\n    return width * height\n"

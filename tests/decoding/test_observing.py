@@ -14,7 +14,7 @@ from helpers.tables import TableTier, random_tables
 
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
 from pyramid_rt.decoding.engine import Engine
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.result import GenerationResult
 from pyramid_rt.trace import JudgedToken

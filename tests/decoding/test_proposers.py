@@ -20,8 +20,8 @@ from helpers.tables import (
 from torch import Tensor
 
 from pyramid_rt import Fuzzy, InputError, Match, Pyramid, Rejection
-from pyramid_rt.decoding import torch_steps
 from pyramid_rt.decoding.proposers import Proposal
+from pyramid_rt.decoding.rounds import torch_steps
 from pyramid_rt.tuning.search import TuneOptions, tune
 
 PROMPT = [1, 2]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 
 VOCAB = 4
 MAX_SEQ = 16

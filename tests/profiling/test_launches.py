@@ -11,8 +11,8 @@ from helpers.tiny import write_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyramid_rt
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.methods import rules_of
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner
 from pyramid_rt.decoding.state import State
 from pyramid_rt.profiling.launches import Expected, KernelRecord, MatchError, expected_launches, match
 

@@ -14,9 +14,9 @@ from helpers.positions import MAX_SEQ, VOCAB, PositionTier
 
 from pyramid_rt.decoding.counters import COLUMN
 from pyramid_rt.decoding.methods import tiers_of
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.rules import Fuzzy, Match
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.errors import InputError
 from pyramid_rt.kernels.reference import sampling as ops
 from pyramid_rt.tuning.replay import Costs, Curve, Replay, Setting, Trace, predict, replay

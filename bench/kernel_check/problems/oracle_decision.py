@@ -203,7 +203,7 @@ def after_verify(
     lossless: bool,
     residual: int | None,
 ) -> Sequel:
-    """The state after tier `level` judged the proposal below it (`pyramid_rt.decoding.torch_steps`, on numbers).
+    """The state after tier `level` judged the proposal below it (`decoding.rounds.torch_steps`, on numbers).
 
     Args:
         own: the tier's own tokens, one more than proposed. stands, inherited: of the proposed ones.

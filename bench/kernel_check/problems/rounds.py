@@ -17,12 +17,12 @@ import torch
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.model import llama_config, parts, random_llama
 from pyramid_rt.decoding.graphs import CudaRecorder, Graphs, Recorder
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, Stage, processed_tiers
 from pyramid_rt.decoding.place import Callback, CudaPlace
-from pyramid_rt.decoding.recursion import RoundRunner
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner, Stage, processed_tiers
+from pyramid_rt.decoding.rounds.recursion import RoundRunner
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.rules import Fuzzy, Match, Rejection, Rule
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.llama import KVCache, Llama

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyramid_rt.decoding.observing import Observer
 from pyramid_rt.decoding.observing.kernels import KernelObserver
-from pyramid_rt.decoding.recursion import (
+from pyramid_rt.decoding.rounds.recursion import (
     Recursion,
     Segment,
     TierTimer,

@@ -14,9 +14,9 @@ from helpers.tables import VOCAB, TableTier, random_tables
 from torch import Tensor
 
 from pyramid_rt import Fuzzy, InputError, Match, NonFiniteLogitsError, Pyramid, Rejection
+from pyramid_rt.decoding.rounds.torch_steps import _NoiseRows
 from pyramid_rt.decoding.rules import Rule, rows_needed
 from pyramid_rt.decoding.state import RoundPlan
-from pyramid_rt.decoding.torch_steps import _NoiseRows
 from pyramid_rt.kernels.reference import sampling as ops
 
 EOS = 3

@@ -19,11 +19,11 @@ from torch import Tensor
 from pyramid_rt import Fuzzy, Match, Pyramid, Rejection
 from pyramid_rt.decoding.counters import COLUMN
 from pyramid_rt.decoding.engine import rounds_for
-from pyramid_rt.decoding.kernel_steps import KernelRoundRunner, KernelSteps, Stage, processed_tiers
-from pyramid_rt.decoding.recursion import RoundRunner
+from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner, KernelSteps, Stage, processed_tiers
+from pyramid_rt.decoding.rounds.recursion import RoundRunner
+from pyramid_rt.decoding.rounds.torch_steps import TorchRoundRunner
 from pyramid_rt.decoding.rules import Rule
 from pyramid_rt.decoding.state import RoundPlan, State
-from pyramid_rt.decoding.torch_steps import TorchRoundRunner
 from pyramid_rt.kernels.launch import Launch
 from pyramid_rt.kernels.limits import NO_POSITION
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyramid_rt.decoding.counters import COLUMN, COUNTERS
-from pyramid_rt.decoding.cursor import Cursor, but_not, entry
+from pyramid_rt.decoding.rounds.cursor import Cursor, but_not, entry
 from pyramid_rt.decoding.rules import Match
 from pyramid_rt.decoding.state import RoundPlan, State
 

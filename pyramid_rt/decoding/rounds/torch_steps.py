@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyramid_rt.decoding.cursor import Cursor, Flag, Number, but_not, entry
 from pyramid_rt.decoding.observing import Observer, Verify
 from pyramid_rt.decoding.proposers import Proposer, ProposerTier
-from pyramid_rt.decoding.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
+from pyramid_rt.decoding.rounds.cursor import Cursor, Flag, Number, but_not, entry
+from pyramid_rt.decoding.rounds.recursion import Recursion, Script, Segment, TierTimer, horizon, timing
 from pyramid_rt.decoding.rules import Evidence, Rule, Verdict
 from pyramid_rt.decoding.state import MAX_WINDOW, RoundPlan, State
 from pyramid_rt.decoding.tiers import Tier
