@@ -48,6 +48,11 @@ class Launch:
             name = self.kernel.arg_names[at].removesuffix("_ptr")
             raise ValueError(f"{name} is on {device}, expected a CUDA device, or Triton's interpreter")
 
+    @property
+    def name(self) -> str:
+        """The kernel's name, as a device's profiler has it."""
+        return str(getattr(self.kernel, "fn", self.kernel).__name__)
+
     def run(self) -> None:
         """Start it on the current stream."""
         self.kernel[self.grid](*self.args, **self.kwargs)

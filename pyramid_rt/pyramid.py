@@ -194,10 +194,12 @@ class Pyramid:
         nvtx: bool = False,
         **options: Unpack[Options],
     ) -> Profile:
-        """Decode `prompt` twice and say where the time of the second time goes: round, tier, layer, op.
+        """Decode `prompt` again and again and say where the time goes: round, tier, layer, op.
 
-        The first call warms up and tells who proposed what; the second, with the same seed, is timed, its prompt
-        processed from the start. Tokens are those of `generate`. The first run of either kind takes buffers.
+        The first run warms up and tells who proposed what; the second, with the same seed, is timed op by op, its
+        prompt processed from the start. Where kernels run on a GPU two more follow, rounds as graphs as in other
+        calls, and the last one's times are the device's own records. Tokens are those of `generate`. Each run takes
+        buffers.
 
         Args:
             prompt, params, options: as of `generate`.
@@ -207,22 +209,26 @@ class Pyramid:
 
         Raises:
             InputError, BusyError, NonFiniteLogitsError: as `generate`.
+            MatchError: the device's records are not those of the call's launches.
         """
         # Here and not above: no other call has anything to do with profiles.
         from pyramid_rt.profiling.session import Session
 
-        session = Session(self.place, nvtx=checks.flag("nvtx", nvtx), graphs=self.graphs)
+        session = Session(
+            self.place, nvtx=checks.flag("nvtx", nvtx), graphs=self._recorder, stepwise=self._stepwise
+        )
         given = merged_options(params, options)
         first = self._stream(prompt, {**given, "trace": True}, runs_alone=True)
         self._run(first)
         traced = first.result
         request = self._request(prompt, {**given, "trace": False, "seed": traced.seed})
-        ending = Ending(request.params.max_time)
-        begin = partial(self._profiled_work, session, request, ending)
-        timed = Stream(begin, request.unstarted, self._gate, ending, runs_alone=True)
-        self._run(timed)
-        trace = traced.trace if traced.tokens == timed.result.tokens else None
-        return session.profile(replace(timed.result, trace=trace))
+        while session.runs_again:
+            ending = Ending(request.params.max_time)
+            begin = partial(self._profiled_work, session, request, ending)
+            timed = Stream(begin, request.unstarted, self._gate, ending, runs_alone=True)
+            self._run(timed)
+            session.ran(timed.result)
+        return session.profile(traced.trace if traced.tokens == session.result.tokens else None)
 
     def close(self) -> None:
         """Wait for the calls before this one, then free weights, caches and buffers, and give the memory back.

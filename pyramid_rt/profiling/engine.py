@@ -9,11 +9,12 @@ from typing import Generic, TypeVar, cast
 from pyramid_rt.decoding.engine import Engine, WindowRoundRunner
 from pyramid_rt.decoding.graphs import Recorder as GraphRecorder
 from pyramid_rt.decoding.place import Place, inside
-from pyramid_rt.decoding.readback import Snapshot
+from pyramid_rt.decoding.readback import RoundReader, Snapshot
 from pyramid_rt.decoding.rounds.recursion import AnyRound, Steps, TierTimer, burst_name, verify_name
 from pyramid_rt.decoding.rounds.torch_steps import OpenRound, TorchRoundRunner
-from pyramid_rt.decoding.state import RoundPlan
+from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceTier, Tier
+from pyramid_rt.profiling.records import kernel_name
 from pyramid_rt.profiling.spans import Recorder
 
 R = TypeVar("R", bound=AnyRound)
@@ -64,6 +65,22 @@ class RecordingTimer:
             yield
 
 
+class RecordingReader(RoundReader):
+    """A reader whose launch at a round's end, where it is one, is written down too."""
+
+    def __init__(self, plan: RoundPlan, state: State, ahead: int, place: Place, spans: Recorder) -> None:
+        super().__init__(plan, state, ahead, place)
+        self._spans = spans
+
+    @inside
+    def gather(self) -> None:
+        """See `RoundReader`."""
+        if self._launch is None:
+            super().gather()
+        else:
+            self._spans.op("report", None, {"kernel": kernel_name(self._launch)}, super().gather)
+
+
 class ProfiledEngine(Engine):
     """An engine of one profiled call, with buffers of its own: rounds run step by step, none is captured.
 
@@ -92,6 +109,7 @@ class ProfiledEngine(Engine):
             steps: RecordingSteps[OpenRound] = RecordingSteps(rounds.steps, self._spans, self._names)
             rounds.recursion.steps = steps
             return
+        self._reader = RecordingReader(self.plan, self.state, self.ahead, self.place, self._spans)
         # Triton, which the kernels need, is not everywhere.
         from pyramid_rt.profiling.launches import RecordingRoundRunner
 

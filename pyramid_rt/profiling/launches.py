@@ -1,104 +1,19 @@
-"""Rounds of launches written down, and the kernels of a captured round told apart by the same list.
-
-A round is a list of launches that never changes. Run one by one, each launch is timed where it is run. Replayed as a
-graph, the device's own records of its kernels come in the order of the list, so that the n-th record is the n-th
-launch: `match` takes them apart, and refuses records that are not that list.
-"""
+"""Rounds of launches written down: each launch run by itself, with its name, its pass and its layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner, Stage
 from pyramid_rt.decoding.rounds.recursion import burst_name
 from pyramid_rt.decoding.state import RoundPlan, State
 from pyramid_rt.decoding.tiers import DeviceTier, Runnable
-from pyramid_rt.errors import PyramidError
 from pyramid_rt.kernels.decide.decode_state import active_at, cached_at
 from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.models.traffic import LAYER_OPS
+from pyramid_rt.profiling.records import Expected, kernel_name
 from pyramid_rt.profiling.spans import Kind, Recorder
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """One launch of a round as it is known beforehand.
-
-    Attributes:
-        section: the burst or verify it belongs to; empty for a prompt's.
-        tier: whose forward pass it is part of; None for decisions.
-        step: the number of that pass in the round.
-        layer: of an op in the layers; None elsewhere.
-        op: of `models.traffic.STEP_OPS`, or the kernel's name for a decision.
-        kernel: the name of its kernel.
-    """
-
-    section: str
-    tier: str | None
-    step: int
-    layer: int | None
-    op: str
-    kernel: str
-
-
-@dataclass(frozen=True, slots=True)
-class KernelRecord:
-    """One kernel as the device's profiler recorded it; begin and end in microseconds."""
-
-    name: str
-    begin: float
-    end: float
-
-
-@dataclass(frozen=True, slots=True)
-class Attributed:
-    """A record and the launch it is; `skipped`: the launch's active flag was 0, and it returned at once."""
-
-    launch: Expected
-    record: KernelRecord
-    skipped: bool
-
-
-class MatchError(PyramidError):
-    """Records of kernels that are not those of the list of launches."""
-
-
-def match(
-    expected: Sequence[Expected], records: Sequence[KernelRecord], active: Sequence[bool] | None = None
-) -> list[Attributed]:
-    """Tell the kernels of a round apart by the list that it was captured from.
-
-    Args:
-        expected: the launches of the round, in order.
-        records: of the round's kernels, of one stream, in any order.
-        active: of each launch, its active flag was 1; None: all were.
-
-    Raises:
-        MatchError: there are more or fewer records than launches, or one has another kernel's name: nothing is
-            guessed.
-    """
-    if len(records) != len(expected):
-        raise MatchError(
-            f"{len(records)} kernels were recorded and the round has {len(expected)} launches: "
-            "they cannot be told apart"
-        )
-    if active is not None and len(active) != len(expected):
-        raise MatchError(f"{len(active)} active flags were given for {len(expected)} launches")
-    ordered = sorted(records, key=lambda record: (record.begin, record.end))
-    for at, (launch, record) in enumerate(zip(expected, ordered, strict=True)):
-        if launch.kernel not in record.name:
-            raise MatchError(
-                f"kernel {at} of {len(expected)} was recorded as {record.name!r}, and launch {at} is "
-                f"{launch.kernel!r} ({launch.op} in the {launch.section or 'prefill'})"
-            )
-    flags = [True] * len(expected) if active is None else active
-    return [
-        Attributed(launch, record, not ran)
-        for launch, record, ran in zip(expected, ordered, flags, strict=True)
-    ]
 
 
 def expected_launches(stages: Sequence[Stage], names: Sequence[str]) -> list[Expected]:
@@ -133,15 +48,8 @@ def ops_of(stage: Stage) -> list[tuple[str, int | None, Runnable]]:
     return found
 
 
-def kernel_name(launch: Runnable) -> str:
-    """The name of a launch's kernel; of what stands for one, its type's."""
-    kernel: Any = getattr(launch, "kernel", None)
-    function = getattr(kernel, "fn", kernel)
-    return getattr(function, "__name__", type(launch).__name__)
-
-
 class RecordingRoundRunner(KernelRoundRunner):
-    """Rounds from a list of launches, each launch written down as it is run. Not measured on a GPU.
+    """Rounds from a list of launches, each launch written down as it is run.
 
     Args:
         tiers, plan, state, vocab_size: as of `KernelRoundRunner`.
@@ -192,4 +100,4 @@ class RecordingRoundRunner(KernelRoundRunner):
 
     def _run_ops(self, stage: Stage) -> None:
         for op, layer, launch in ops_of(stage):
-            self._spans.op(op, layer, {}, launch.run)
+            self._spans.op(op, layer, {"kernel": kernel_name(launch)}, launch.run)

@@ -1,14 +1,17 @@
-"""The session of one profiled call: an engine that writes spans down, backends that do, and the profile of it all."""
+"""The session of one profiled call: engines and backends that write down what they do, and the profile of it all."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from pyramid_rt.decoding.engine import Engine
+from pyramid_rt.decoding.graphs import Recorder as GraphRecorder
 from pyramid_rt.decoding.place import Place
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
@@ -17,18 +20,18 @@ from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.shapes import Shape
 from pyramid_rt.profiling.backend import RecordingBackend
+from pyramid_rt.profiling.captured import MarkedEngine, retimed
 from pyramid_rt.profiling.engine import ProfiledEngine
 from pyramid_rt.profiling.floors import copy_bandwidth, note_bytes
 from pyramid_rt.profiling.profile import Profile
+from pyramid_rt.profiling.records import recording_for, works
 from pyramid_rt.profiling.spans import NvtxRanges, Ranges, Recorder, clock_for
-from pyramid_rt.result import GenerationResult
+from pyramid_rt.result import GenerationResult, GenerationTrace
 from pyramid_rt.streaming import Work
 
-_LAUNCH_BY_LAUNCH = (
-    "Rounds ran launch by launch here and run as graphs otherwise: the time between ops differs."
-)
+_LAUNCH_BY_LAUNCH = "Rounds ran op by op here and run as graphs otherwise: the time between ops differs."
 _IN_CACHE = "More than 100% of the copy: what is read fits into the processor's caches."
-_UNMEASURED = "Times come from CUDA events; this way of taking them was not yet checked on a GPU."
+_RECORDED = "Times are the device's own records of its kernels, in rounds as other calls run them."
 
 
 class Session:
@@ -37,50 +40,100 @@ class Session:
     Args:
         place: of the pyramid.
         nvtx: name NVTX ranges too.
-        graphs: rounds of other calls run as graphs.
+        graphs: captures the rounds of other calls; None where they are not captured.
+        stepwise: in steps.
 
     Raises:
         InputError: `nvtx` without a CUDA device.
     """
 
-    def __init__(self, place: Place, *, nvtx: bool, graphs: bool) -> None:
+    def __init__(
+        self, place: Place, *, nvtx: bool, graphs: GraphRecorder | None, stepwise: bool = False
+    ) -> None:
         if nvtx and place.device.type != "cuda":
             raise InputError(f"nvtx=True needs a CUDA device, found {str(place.device)!r}")
         ranges: Ranges | None = NvtxRanges() if nvtx else None
-        self._place, self._graphs = place, graphs
+        self._place, self._graphs, self._stepwise = place, graphs, stepwise
         self._recorder = Recorder(clock_for(place.device), ranges)
         self._tiers: tuple[Tier, ...] = ()
+        self._by_kernels = False
         self._bandwidth = 0.0
         self._began = False
+        self._recording = recording_for(place.device)
+        self._marked: MarkedEngine | None = None
+        self._results: list[GenerationResult] = []
 
-    def engine(self, tiers: Sequence[Tier], plan: RoundPlan, vocab_size: int, max_seq: int) -> ProfiledEngine:
-        """The engine of the call; arguments as of `Engine`."""
+    @property
+    def runs_again(self) -> bool:
+        """Whether the call is to be run once more: op by op first, then as it is, to warm up and to be recorded."""
+        recorded = self._recording is not None and self._by_kernels
+        return len(self._results) < (3 if recorded else 1)
+
+    def ran(self, result: GenerationResult) -> None:
+        """A run is over.
+
+        Raises:
+            InputError: nothing had run when the call's time was over, or less than in the run before.
+        """
+        if not self._began:
+            raise InputError("max_time was over before anything ran: there is nothing to profile")
+        if self._results and result.tokens != self._results[0].tokens:
+            raise InputError(
+                f"a profile's runs wrote {len(self._results[0].tokens)} and {len(result.tokens)} tokens, and not the "
+                "same ones: they cannot be compared (max_time= ends each at another place)"
+            )
+        self._results.append(result)
+
+    @property
+    def result(self) -> GenerationResult:
+        """Of the run whose times the profile has."""
+        return self._results[-1]
+
+    def engine(self, tiers: Sequence[Tier], plan: RoundPlan, vocab_size: int, max_seq: int) -> Engine:
+        """The engine of the next run; arguments as of `Engine`."""
         self._tiers = tuple(tiers)
-        return ProfiledEngine(tiers, plan, vocab_size, max_seq, self._place, self._recorder)
+        if not self._results:
+            made = ProfiledEngine(tiers, plan, vocab_size, max_seq, self._place, self._recorder)
+            self._by_kernels = made.by_kernels
+            return made
+        if self._marked is None:
+            self._marked = MarkedEngine(
+                tiers, plan, vocab_size, max_seq, self._place, self._graphs, stepwise=self._stepwise
+            )
+        return self._marked
 
-    def over(self, engine: ProfiledEngine, work: Work) -> Work:
-        """The same work, its ops written down; the tiers' backends are put back at its end, whatever happens."""
+    def over(self, engine: Engine, work: Work) -> Work:
+        """The same work, written down; the tiers' backends are put back at its end, whatever happens."""
+        if isinstance(engine, ProfiledEngine):
+            return self._written(engine, work)
+        return self._recorded(work)
+
+    def _recorded(self, work: Work) -> Work:
+        assert self._recording is not None
+        with self._recording.taking():
+            return (yield from work)
+
+    def _written(self, engine: ProfiledEngine, work: Work) -> Work:
         self._bandwidth = copy_bandwidth(self._place.device)
         with ExitStack() as stack:
             if not engine.by_kernels:
                 for tier in self._tiers:
                     if isinstance(tier, ModelTier):
-                        stack.enter_context(tier.computed_by(partial(self._recording, tier.name)))
+                        stack.enter_context(tier.computed_by(partial(self._recording_backend, tier.name)))
             stack.enter_context(self._recorder.span("call", "call"))
             self._began = True
             return (yield from work)
 
-    def _recording(self, name: str, backend: Backend) -> Backend:
+    def _recording_backend(self, name: str, backend: Backend) -> Backend:
         return RecordingBackend(backend, self._recorder, name)
 
-    def profile(self, result: GenerationResult) -> Profile:
-        """The profile of the call that is over, with its result.
+    def profile(self, trace: GenerationTrace | None) -> Profile:
+        """The profile of the call, which is over, its result with a trace.
 
         Raises:
-            InputError: nothing had run when the call's time was over.
+            MatchError: what the device recorded is not what the call launches.
         """
-        if not self._began:
-            raise InputError("max_time was over before anything ran: there is nothing to profile")
+        result = replace(self.result, trace=trace)
         with self._place.work():
             root = self._recorder.finish()
         shapes = {
@@ -89,11 +142,15 @@ class Session:
             if isinstance(tier, ModelTier)
         }
         note_bytes(root, shapes)
+        recorded = len(self._results) > 1
+        if recorded:
+            assert self._recording is not None
+            root = retimed(root, works(self._recording.records))
         names = tuple(tier.name for tier in self._tiers)
         profile = Profile(result, root, names, self._bandwidth, self._machine(), ())
-        notes = [_LAUNCH_BY_LAUNCH] if self._graphs else []
-        if self._place.device.type == "cuda":
-            notes.append(_UNMEASURED)
+        notes = [_RECORDED] if recorded else []
+        if self._graphs is not None and not recorded:
+            notes.append(_LAUNCH_BY_LAUNCH)
         if any(row.percent is not None and row.percent > 100 for row in profile.rows):
             notes.append(_IN_CACHE)
         return Profile(result, root, names, self._bandwidth, profile.machine, tuple(notes))

@@ -81,7 +81,7 @@ class HostClock:
 class CudaClock:
     """CUDA events on the current stream: marks in the order of the device's own work.
 
-    A mark lies where the device gets to it, so time that it waits for the host shows as a gap. Not measured on a GPU.
+    A mark lies where the device gets to it, so time that it waits for the host shows as a gap.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -236,9 +236,7 @@ def _resolved(open_span: _Open, at: Sequence[float]) -> Span:
             span.children.append(layer)
         layer.children.append(made)
         layer.end = made.end
-    if span.kind in REST_NAMES:
-        span.children = _with_rests(span)
-    return span
+    return with_rests(span) if span.kind in REST_NAMES else span
 
 
 # What a span of each kind does besides its children. Forward passes and layers do nothing: there the time between
@@ -252,8 +250,8 @@ REST_NAMES: dict[str, str] = {
 }
 
 
-def _with_rests(span: Span) -> list[Span]:
-    """The children of a span, and a rest wherever there is none."""
+def with_rests(span: Span) -> Span:
+    """A span of a kind that does something itself, with a rest among its children wherever there is none."""
     name, filled, at = REST_NAMES[span.kind], [], span.begin
     for child in span.children:
         if child.begin > at:
@@ -262,7 +260,8 @@ def _with_rests(span: Span) -> list[Span]:
         at = child.end
     if span.end > at:
         filled.append(Span("rest", name, span.tier, at, span.end))
-    return filled
+    span.children = filled
+    return span
 
 
 def _number(value: Any) -> Any:
