@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,9 +33,11 @@ from bench.harness import write_json
 from bench.kernel_check.problems.base import Case, Place, Source
 from bench.kernel_check.problems.model import llama_config, random_llama
 from bench.kernel_check.report import environment
+from bench.profiled import measure_profile
 from pyramid_rt.api import DTYPES
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.generation import Generation
+from pyramid_rt.decoding.place import Mark
 from pyramid_rt.loading.memory import plan_memory
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.config import LlamaConfig
@@ -125,6 +128,20 @@ def allocations(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
 
 
+def host_seconds(engine: Engine, known_end: int, rounds: int) -> list[float]:
+    """What each of some rounds costs the host while the one before it runs on the device, as in a generation."""
+    found: list[float] = []
+    marks: deque[Mark | None] = deque()
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        engine.run(known_end)
+        found.append(time.perf_counter() - begin)
+        marks.append(engine.place.mark())
+        if len(marks) > 1 and (mark := marks.popleft()) is not None:
+            mark.synchronize()
+    return found
+
+
 def measure_rounds(
     pyramid: Pyramid, options: dict[str, Any], prompt: Sequence[int], rounds: int
 ) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def measure_rounds(
     """
     device = pyramid.device
     engine, generation = started(pyramid, options, prompt)
-    watch, host = Stopwatch(device), []
+    watch = Stopwatch(device)
     before = allocations(device)
 
     def blind() -> None:
@@ -149,12 +166,7 @@ def measure_rounds(
             engine.run(len(prompt) + 64)
         made = allocations(device) - before
         busy = watch.seconds(blind) / rounds
-        for _ in range(rounds):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            engine.run(len(prompt) + 64)
-            host.append(time.perf_counter() - begin)
+        host = host_seconds(engine, len(prompt) + 64, rounds)
         if bool(engine.state.ended) or int(engine.state.end) >= int(engine.state.limit):
             raise RuntimeError("the text ended while its rounds were timed: they cost next to nothing then")
         engine.state.ended.fill_(True)
@@ -272,6 +284,10 @@ def measure_random(
             short = {**chosen, "max_new_tokens": 48}
             outputs[f"{kind} {method}"] = pyramid.generate(prompt, **short).tokens
         pyramid._kept.clear()
+    if backend == "triton" and device.type == "cuda":
+        pyramid = Pyramid(tiers, control="device", prefix_reuse=False)
+        short = {**options[methods_of(len(shapes))[-1]], "max_new_tokens": 24}
+        result["profile"] = measure_profile(pyramid, prompt, short, say)
     first = next(iter(outputs.values()))
     result["equal"] = {name: tokens == first for name, tokens in outputs.items()}
     return result
@@ -288,6 +304,15 @@ def measure_demo(device: torch.device, dtype: str, backend: str, new_tokens: int
     return rows
 
 
+def measure_demo_profile(device: torch.device, dtype: str, backend: str, new_tokens: int) -> dict[str, Any]:
+    """A profile of real text by the demo pyramid."""
+    with pyramid_rt.load(
+        pyramid_rt.demo_weights(), device=str(device), dtype=dtype, backend=backend, control="device"
+    ) as pyramid:
+        options = {"method": "psd", "temperature": 0.7, "max_new_tokens": new_tokens}
+        return measure_profile(pyramid, PROMPTS[1], options)
+
+
 def device_name(device: torch.device) -> str:
     """Its name in a result file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -300,6 +325,8 @@ def verdicts(content: dict[str, Any]) -> tuple[list[str], list[str]]:
     for name, section in content["sections"].items():
         if "error" in section:
             wrong.append(f"{name}: {section['error'].splitlines()[-1]}")
+            continue
+        if name.startswith("profile"):
             continue
         if name.startswith("demo"):
             for method, row in section.items():
@@ -394,6 +421,9 @@ def main(argv: list[str] | None = None) -> int:
     for backend in backends:
         demo = partial(measure_demo, device, kind, backend, 256 if cuda else 12)
         sections.append((f"demo, {backend}", demo))
+    for backend in backends:
+        profiled = partial(measure_demo_profile, device, kind, backend, 96 if cuda else 12)
+        sections.append((f"profile of the demo, {backend}", profiled))
     for name, work in sections:
         if time.monotonic() - begin > 45.0 * options.minutes:
             content["left_out"].append(name)

@@ -53,7 +53,7 @@ def draw(found: Sequence[RoundPicture], tiers: Sequence[str], machine: str, kind
     for each, height in zip(found, heights, strict=True):
         _draw_round(figure, each, colours, top, total, span, columns)
         top += height
-    _draw_legend(figure, found, colours, total)
+    _draw_legend(figure, found, colours, total, span)
     out = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
     with warnings.catch_warnings():
@@ -96,7 +96,7 @@ def _draw_round(
     figure.text(
         0.015,
         1 - (top + 0.2) / total,
-        f"Round {each.number}: {each.milliseconds:.2f} ms, {_tokens(each.committed)} committed",
+        f"Round {each.number}: {_time(each.milliseconds, span)} {_unit(span)}, {_tokens(each.committed)} committed",
         fontsize=10.5,
         fontweight="bold",
         color=_INK,
@@ -125,6 +125,8 @@ def _draw_lanes(axes: Any, each: RoundPicture, colours: dict[str, str], span: fl
         label.set_fontweight("bold")
     axes.tick_params(axis="x", labelsize=8, colors=_FAINT, length=2, pad=2)
     axes.tick_params(axis="y", length=0)
+    if _unit(span) == "us":
+        axes.xaxis.set_major_formatter(lambda value, place: f"{1000 * value:g}")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#BBBBBB")
@@ -145,7 +147,7 @@ def _draw_lanes(axes: Any, each: RoundPicture, colours: dict[str, str], span: fl
             )
             if forward and bar.end - bar.begin > span * 0.055:
                 axes.text(
-                    (bar.begin + bar.end) / 2, lane, f"{bar.end - bar.begin:.2f}", fontsize=7, color="white",
+                    (bar.begin + bar.end) / 2, lane, _time(bar.end - bar.begin, span), fontsize=7, color="white",
                     ha="center", va="center", zorder=3,
                 )  # fmt: skip
 
@@ -202,11 +204,22 @@ def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def _draw_legend(figure: Any, found: Sequence[RoundPicture], colours: dict[str, str], total: float) -> None:
+def _unit(span: float) -> str:
+    """The unit of a picture whose longest round takes `span` milliseconds."""
+    return "us" if span < 2 else "ms"
+
+
+def _time(milliseconds: float, span: float) -> str:
+    return f"{1000 * milliseconds:.0f}" if _unit(span) == "us" else f"{milliseconds:.2f}"
+
+
+def _draw_legend(
+    figure: Any, found: Sequence[RoundPicture], colours: dict[str, str], total: float, span: float
+) -> None:
     from matplotlib.patches import Patch
 
     used = {cell.fate for each in found for row in each.rows for cell in row.cells}
-    tall = [Patch(facecolor="#666666", label="tall bar: forward pass, in ms")]
+    tall = [Patch(facecolor="#666666", label=f"tall bar: forward pass, in {_unit(span)}")]
     thin = [Patch(facecolor="#BBBBBB", label="thin bar: drawing, deciding")]
     fates = [Patch(facecolor=colour, label=label) for fate, (colour, label) in FATES.items() if fate in used]
     figure.legend(

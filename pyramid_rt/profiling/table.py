@@ -15,6 +15,8 @@ from rich.table import Table
 from pyramid_rt.profiling.spans import Span
 
 WIDTH = 80
+# The deepest name of our own: five levels down, "attention (skipped)".
+NAME_WIDTH = 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +206,14 @@ def text(found: Sequence[Row], tiers: Sequence[TierLine], about: Sequence[str]) 
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for header in ("calls", "us", "p10 - p90", "share", "MB", "GB/s", "% copy"):
+    for header in ("calls", "us", "p10-p90", "share", "MB", "GB/s", "% copy"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in found:
         table.add_row(
-            "  " * row.depth + row.name,
+            "  " * row.depth + _clipped(row.name, NAME_WIDTH - 2 * row.depth),
             str(row.calls),
             _short(row.median),
-            "" if row.calls == 1 else f"{_short(row.p10)} - {_short(row.p90)}",
+            "" if row.calls == 1 else f"{_short(row.p10)}-{_short(row.p90)}",
             f"{100 * row.share:.1f}%",
             "" if row.bytes is None else _short(row.bytes / 1e6),
             "" if row.gb_s is None else _short(row.gb_s),
@@ -224,8 +226,15 @@ def text(found: Sequence[Row], tiers: Sequence[TierLine], about: Sequence[str]) 
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
+def _clipped(name: str, width: int) -> str:
+    """A name in so many characters at most; of a library's kernel the end says less than the beginning."""
+    return name if len(name) <= width else name[: width - 2] + ".."
+
+
 def _short(value: float) -> str:
-    """A number in about three digits."""
+    """A number in about three digits, from ten thousand on in thousands: five characters up to a million."""
+    if value >= 10_000:
+        return f"{value / 1000:.1f}k" if value < 99_950 else f"{value / 1000:,.0f}k"
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

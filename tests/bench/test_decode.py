@@ -43,6 +43,13 @@ def test_the_whole_flow_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(rounds["first_token_ms"]) == ["16", "70"]
     assert rounds["memory"]["planned_mib"].keys() == {"draft", "qualifier", "target"}
     assert set(content["sections"]["demo, torch"]) == {"ar", "sd", "fsd", "psd_a", "psd_f", "psd"}
+    profiled = content["sections"]["profile of the demo, torch"]
+    assert {row["tier"] for row in profiled["ops"]} == {"draft", "qualifier", "target"}
+    assert profiled["unprofiled"] > 0
+    assert sum(row["share"] for row in profiled["ops"]) < 1
+    for row in profiled["ops"]:
+        assert 0 < row["p10"] <= row["us"] <= row["p90"]
+        assert (row["mb"] is None) == (row["op"] == "window")
     assert "first token after ms" in capsys.readouterr().out
 
 

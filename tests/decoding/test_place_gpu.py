@@ -152,6 +152,9 @@ def test_a_capture_beside_another_thread(rt: Pyramid, backend: str, expected: li
 
 
 def test_closing_gives_the_device_its_memory_back(backend: str) -> None:
+    # cuBLAS keeps a workspace for each stream, and a stream is used again: the second pyramid finds the first one's.
+    with load(backend=backend) as first:
+        first.generate(PROMPT, **OPTIONS)
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
@@ -177,3 +180,28 @@ def test_a_device_that_is_not_the_current_one(backend: str, expected: list[int])
         thread.start()
         thread.join()
         assert found == [expected]
+
+
+def test_a_pyramid_that_closes_leaves_the_graphs_of_another_alone(rt: Pyramid, backend: str) -> None:
+    """What cuBLAS keeps for a stream is in the graphs that were captured on it."""
+    options: dict[str, Any] = {**OPTIONS, "method": "psd", "draft_length": 4}
+    expected = rt.generate(PROMPT, **options).tokens
+    for _ in range(3):
+        with load(backend=backend) as second:
+            assert second.generate(PROMPT, **options).tokens == expected
+        # Whoever is given the memory that was let go of writes all over it.
+        filled = [torch.full((2**22,), float("nan"), device="cuda") for _ in range(24)]
+        assert rt.generate(PROMPT, **options).tokens == expected
+        del filled
+
+
+def test_streams_are_used_again(backend: str) -> None:
+    with load(backend=backend) as first:
+        assert isinstance(first.place, CudaPlace)
+        with load(backend=backend) as second:
+            assert isinstance(second.place, CudaPlace)
+            assert second.place.stream != first.place.stream
+            used = second.place.stream
+    with load(backend=backend) as third:
+        assert isinstance(third.place, CudaPlace)
+        assert third.place.stream in (used, first.place.stream)

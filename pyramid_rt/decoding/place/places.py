@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import wraps
@@ -17,6 +18,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from pyramid_rt.decoding.place.neutral import neutral_settings
+from pyramid_rt.decoding.place.streams import StreamPool
 from pyramid_rt.decoding.place.threads import intra_op_threads
 from pyramid_rt.decoding.place.waiting import waits_for
 
@@ -145,6 +147,14 @@ class HostPlace:
             stack.enter_context(self._waits.watched(self.threads))
 
 
+def _stream(index: int) -> torch.cuda.Stream:
+    """A new stream of the higher priority."""
+    return torch.cuda.Stream(torch.device("cuda", index), priority=-1)
+
+
+_STREAMS: StreamPool[torch.cuda.Stream] = StreamPool(_stream)
+
+
 class CudaPlace(HostPlace):
     """A GPU: besides, the current device and a stream of the pyramid's own.
 
@@ -155,7 +165,9 @@ class CudaPlace(HostPlace):
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         super().__init__(torch.device("cuda", index), threads)
-        self.stream = torch.cuda.Stream(self.device, priority=-1)
+        self.stream = _STREAMS.take(index)
+        # Once: at the end of the pyramid, or of a place that no pyramid ever closed.
+        self._give_back = weakref.finalize(self, _STREAMS.give, index, self.stream)
 
     def _enter(self, stack: ExitStack) -> None:
         super()._enter(stack)
@@ -177,14 +189,12 @@ class CudaPlace(HostPlace):
         self.stream.synchronize()
 
     def trim(self) -> None:
-        """See `Place`. torch keeps freed blocks of the device too."""
+        """See `Place`. torch keeps freed blocks of the device too. The stream is the next place's."""
         super().trim()
         with self.work():
-            # cuBLAS keeps a workspace of tens of MiB for each stream; torch has no public way to let go of it.
-            clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-            if clear is not None:
-                clear()
             torch.cuda.empty_cache()
+        self.synchronize()
+        self._give_back()
 
 
 def place_for(device: torch.device, threads: int | None = None) -> Place:
