@@ -76,7 +76,11 @@ def retimed(root: Span, recorded: Sequence[Sequence[KernelRecord]]) -> Span:
     ]
     children = [_part(part, records) for part, records in zip(parts, moved, strict=True)]
     end = max((child.end for child in children), default=0.0)
-    return with_rests(Span(root.kind, root.name, root.tier, 0.0, end, dict(root.args), children))
+    made = with_rests(Span(root.kind, root.name, root.tier, 0.0, end, dict(root.args), children))
+    for child in made.children:
+        if child.kind == "rest":
+            child.name = "idle"  # on the device, whatever the host does
+    return made
 
 
 def _part(part: Span, records: Sequence[KernelRecord]) -> Span:

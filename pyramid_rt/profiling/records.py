@@ -158,8 +158,10 @@ class TorchRecording:
     @contextmanager
     def taking(self) -> Iterator[None]:
         """See `Recording`."""
+        activities = [torch.profiler.ProfilerActivity.CUDA]
         torch.cuda.synchronize(self._device)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        # Kept until they are read: torch warns of what it would forget otherwise.
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             yield
             torch.cuda.synchronize(self._device)
         with tempfile.TemporaryDirectory() as folder:

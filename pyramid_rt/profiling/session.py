@@ -30,7 +30,7 @@ from pyramid_rt.result import GenerationResult, GenerationTrace
 from pyramid_rt.streaming import Work
 
 _LAUNCH_BY_LAUNCH = "Rounds ran op by op here and run as graphs otherwise: the time between ops differs."
-_IN_CACHE = "More than 100% of the copy: what is read fits into the processor's caches."
+_IN_CACHE = "More than 100% of the copy: what is read lies in a cache already."
 _RECORDED = "Times are the device's own records of its kernels, in rounds as other calls run them."
 
 

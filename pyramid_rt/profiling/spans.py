@@ -250,9 +250,14 @@ REST_NAMES: dict[str, str] = {
 }
 
 
+BETWEEN_OPS = "between ops"
+
+
 def with_rests(span: Span) -> Span:
     """A span of a kind that does something itself, with a rest among its children wherever there is none."""
-    name, filled, at = REST_NAMES[span.kind], [], span.begin
+    # Where a rule or a draw is an op like any other, what is left is the time between them.
+    name = BETWEEN_OPS if any(child.kind == "op" for child in span.children) else REST_NAMES[span.kind]
+    filled, at = [], span.begin
     for child in span.children:
         if child.begin > at:
             filled.append(Span("rest", name, span.tier, at, child.begin))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pyramid_rt.profiling.spans import Span
+from pyramid_rt.profiling.spans import BETWEEN_OPS, Span
 
 WIDTH = 80
 # The deepest name of our own: five levels down, "attention (skipped)".
@@ -126,7 +126,7 @@ def _rows(node: _Node, depth: int, whole: float, bandwidth: float) -> Iterator[R
     for child in node.children.values():
         yield from _rows(child, depth + 1, whole, bandwidth)
     if node.gaps:
-        name = "between ops" if span.kind == "layer" else "between layers"
+        name = BETWEEN_OPS if span.kind == "layer" else "between layers"
         yield _row(depth + 1, "gap", name, span.tier, node.gaps, [], whole, bandwidth)
 
 
