@@ -129,7 +129,7 @@ def allocations(device: torch.device) -> int:
 
 
 def host_seconds(engine: Engine, known_end: int, rounds: int) -> list[float]:
-    """What each of some rounds costs the host while the one before it runs on the device, as in a generation."""
+    """Host seconds of each of some rounds while the one before it runs on the device, as in a generation."""
     found: list[float] = []
     marks: deque[Mark | None] = deque()
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Where the time of a round goes, op by op: profiles of what `bench.decode` measures, as rows for a file."""
+"""Profiles of what `bench.decode` measures, op by op, as rows for a file."""
 
 from __future__ import annotations
 

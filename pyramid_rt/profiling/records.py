@@ -181,5 +181,5 @@ def read_records(file: Path) -> list[KernelRecord]:
 
 
 def recording_for(device: torch.device) -> Recording | None:
-    """What takes records on a device; None where there is nothing but the host's clock."""
+    """The taker of records on a device; None where there is nothing but the host's clock."""
     return TorchRecording(device) if device.type == "cuda" else None

@@ -65,7 +65,7 @@ class Session:
 
     @property
     def runs_again(self) -> bool:
-        """Whether the call is to be run once more: op by op first, then as it is, to warm up and to be recorded."""
+        """True while the call is to run once more: op by op first, then as it is, to warm up and to be recorded."""
         recorded = self._recording is not None and self._by_kernels
         return len(self._results) < (3 if recorded else 1)
 

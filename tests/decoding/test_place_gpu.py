@@ -183,7 +183,7 @@ def test_a_device_that_is_not_the_current_one(backend: str, expected: list[int])
 
 
 def test_a_pyramid_that_closes_leaves_the_graphs_of_another_alone(rt: Pyramid, backend: str) -> None:
-    """What cuBLAS keeps for a stream is in the graphs that were captured on it."""
+    """Graphs hold the addresses of what cuBLAS keeps for the stream that they were captured on."""
     options: dict[str, Any] = {**OPTIONS, "method": "psd", "draft_length": 4}
     expected = rt.generate(PROMPT, **options).tokens
     for _ in range(3):

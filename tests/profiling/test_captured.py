@@ -16,7 +16,7 @@ import pyramid_rt
 from pyramid_rt import InputError, Pyramid
 from pyramid_rt.decoding.place import HostPlace
 from pyramid_rt.kernels.launch import Launch
-from pyramid_rt.profiling import session
+from pyramid_rt.profiling import session, table
 from pyramid_rt.profiling.captured import library_kernel, retimed
 from pyramid_rt.profiling.profile import Profile
 from pyramid_rt.profiling.records import KernelRecord, MatchError, read_records, works
@@ -215,3 +215,27 @@ def test_kernels_are_read_from_a_trace_of_torch(tmp_path: Path) -> None:
     ]
     file.write_text(json.dumps({"traceEvents": [*others, kernel]}))
     assert read_records(file) == [KernelRecord("qkv_kernel", 1.5, 3.75, 7)]
+
+
+def test_the_table_of_a_large_model_fits_a_terminal() -> None:
+    """Names of library kernels and times of tenths of seconds, five levels down."""
+    name = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3"
+    at = 0.0
+    passes = []
+    for duration in (123_456.7, 99_960.0, 654_321.0):
+        op = Span("op", name, "target", at, at + duration, {"bytes": 14_100_000_000})
+        layer = Span("layer", "layer 0", "target", at, at + duration, {"layer": 0}, [op])
+        passes.append(
+            Span("forward", "forward", "target", at, at + duration, {"bytes": 14_100_000_000}, [layer])
+        )
+        at += duration
+    verify = Span("verify", "verify of 'target'", "target", 0.0, at, {}, list(passes))
+    root = Span("call", "call", None, 0.0, at, {}, [Span("round", "round", None, 0.0, at, {}, [verify])])
+    text = table.text(table.rows(root, 4e12), table.tier_lines(root, ["target"], 4e12), ["NVIDIA H200"])
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    rows = {row.split()[0]: row for row in text.splitlines() if row.strip()}
+    (kernel,) = [row for row in text.splitlines() if ".." in row]
+    assert kernel.strip().startswith("cudnn_generated")
+    assert kernel.split()[2:4] == ["123k", "100k-654k"]
+    assert "14.1k" in rows["forward"]
