@@ -49,6 +49,21 @@ def test_tolerance_takes_roundings_and_refuses_more() -> None:
     assert gpu_oracle.near(single + 200 * 2.0**-24, exact, single, width=4096) > 1
 
 
+def test_a_product_of_sums_is_judged_by_the_size_of_its_own_factors() -> None:
+    """Where the other factor is large an error comes through whole, and where it is small it must be small too."""
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 64, 2048, dtype=torch.float64)
+    exact, walk = first * second, gpu_oracle.accumulation(2048)
+    rounded = first + 0.9 * walk * torch.randn(64, 2048, dtype=torch.float64)
+    result, plain, sizes = (rounded * second).float(), exact.float(), second.abs()
+    assert gpu_oracle.near(result, exact, plain, width=2048) > 1, "by the tails of the product"
+    assert gpu_oracle.near(result, exact, plain, width=2048, sizes=sizes) <= 1
+    assert gpu_oracle.near(exact.float() * (1 + 2.0**-15), exact, plain, width=2048, sizes=sizes) > 1
+    place = divmod(int(sizes.argmin()), 2048)
+    result[place] += walk
+    assert gpu_oracle.near(result, exact, plain, width=2048, sizes=sizes) > 1
+
+
 def test_elementwise_and_relative_tolerances() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     bound = torch.tensor([0.1, 0.1], dtype=torch.float64)

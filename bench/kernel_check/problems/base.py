@@ -223,14 +223,21 @@ def to_kind(tensor: Tensor | None, kind: torch.dtype) -> Tensor | None:
 
 @dataclass
 class Judge:
-    """Outputs of the first 64 rows in float64 and in the case's dtype, computed once."""
+    """Outputs of the first 64 rows in float64 and in the case's dtype, computed once; `sizes` as of `oracle.near`."""
 
     exact: dict[str, Tensor] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, Tensor] = field(default_factory=dict)
 
     def near(self, outputs: Mapping[str, Tensor], length: int, width: int) -> dict[str, float]:
         """`oracle.near` of every output that was computed."""
         return {
-            name: oracle.near(outputs[name], exact[:length], self.plain[name][:length], width)
+            name: oracle.near(
+                outputs[name],
+                exact[:length],
+                self.plain[name][:length],
+                width,
+                self.sizes[name][:length] if name in self.sizes else None,
+            )
             for name, exact in self.exact.items()
         }

@@ -20,7 +20,9 @@ def accumulation(width: int) -> float:
     return UNIT32 * math.sqrt(width)
 
 
-def near(actual: Tensor, exact: Tensor, reference: Tensor, width: int = 0) -> float:
+def near(
+    actual: Tensor, exact: Tensor, reference: Tensor, width: int = 0, sizes: Tensor | None = None
+) -> float:
     """Error over tolerance, the larger of those of the worst element and of the RMS; inf if not finite.
 
     As near to the float64 result as the plain form of the same dtype is. One rounding of dtype is added: an op
@@ -32,6 +34,8 @@ def near(actual: Tensor, exact: Tensor, reference: Tensor, width: int = 0) -> fl
         exact: float64, the same shape.
         reference: of the plain form in dtype.
         width: K, or 0 to allow no more than the reference does.
+        sizes: float64, of the shape of `exact`: how much of an error of a sum's size comes through at each element,
+            where the result is not the sums themselves; by default the result's RMS, everywhere.
     """
     if not bool(actual.isfinite().all()):
         return math.inf
@@ -41,9 +45,12 @@ def near(actual: Tensor, exact: Tensor, reference: Tensor, width: int = 0) -> fl
     worst, rms = float(error.max()), float(error.square().mean().sqrt())
     sums = accumulation(width) * rms_scale
     # Six standard deviations: the worst of the 10^7 logits of a window lies at five and a half.
-    worst_bound = 2.0 * float(allowed.max()) + eps * scale + 6.0 * sums
+    worst_bound = 2.0 * float(allowed.max()) + eps * scale
     rms_bound = 1.5 * float(allowed.square().mean().sqrt()) + 0.5 * eps * rms_scale + sums
-    return max(_over(worst, worst_bound), _over(rms, rms_bound))
+    if sizes is None:
+        return max(_over(worst, worst_bound + 6.0 * sums), _over(rms, rms_bound))
+    bound = worst_bound + 6.0 * accumulation(width) * sizes
+    return max(float((error / bound).max()), _over(rms, rms_bound))
 
 
 def within(actual: Tensor, exact: Tensor, bound: Tensor) -> float:

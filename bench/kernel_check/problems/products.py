@@ -307,13 +307,26 @@ class GateUp:
         """Arrivals of split tiles."""
         return [self.space.counters]
 
-    def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
+    def _joint(self, kind: torch.dtype) -> Tensor:
         normed = self.acts.normed(kind)
-        joint = reference.linear(normed, self.weight.to(kind), to_kind(self.bias, kind))
-        return {"inner": reference.silu_mul(joint)}
+        return reference.linear(normed, self.weight.to(kind), to_kind(self.bias, kind))
+
+    def _apply(self, kind: torch.dtype) -> dict[str, Tensor]:
+        return {"inner": reference.silu_mul(self._joint(kind))}
+
+    def _sizes(self) -> dict[str, Tensor]:
+        """An error of the gate goes through silu, whose slope is 1.1 at most, times up; one of up times the gate.
+
+        The product of two normal numbers has long tails: what an element may be off follows from its own factors.
+        """
+        joint = self._joint(torch.float64)
+        gate, up = joint.chunk(2, -1)
+        spread = ((1.1 * up).square() + torch.nn.functional.silu(gate).square()).sqrt()
+        return {"inner": spread * joint.square().mean().sqrt()}
 
     def verdicts(self, length: int) -> dict[str, float]:
         """Against float64."""
         if not self.judge.exact:
-            self.judge = Judge(self._apply(torch.float64), self._apply(self.weight.dtype))
+            exact, plain = self._apply(torch.float64), self._apply(self.weight.dtype)
+            self.judge = Judge(exact, plain, self._sizes())
         return self.judge.near(self.outputs(length), length, self.weight.shape[1])
