@@ -55,7 +55,7 @@ def test_long_prompts_go_in_chunks_in_every_tier(micro_dir: Path, monkeypatch: p
     with pyramid_rt.load(micro_dir, device="cpu", max_seq=160, backend="triton", control="device") as pyramid:
         texts = [
             pyramid.generate(
-                prompt, method=method, max_new_tokens=4, draft_length=2, qualifier_length=3
+                prompt, method=method, max_new_tokens=3, draft_length=2, qualifier_length=3
             ).tokens
             for method in ("psd", "ar")
         ]
