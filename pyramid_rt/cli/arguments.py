@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ GENERATION_FLAGS: tuple[tuple[str, type, str], ...] = (
         "ar, sd, fsd, psd, psd_a or psd_f; by default the best lossless one there are tiers for",
     ),
     ("--max-new-tokens", int, "most tokens to generate (256)"),
+    ("--max-time", float, "seconds after which the text ends with what it has"),
     ("--temperature", float, "0 is greedy (0)"),
     ("--top-k", int, "sample from the k likeliest tokens; 0 is off (0)"),
     ("--top-p", float, "sample from the likeliest tokens that hold this much probability (1)"),
@@ -97,7 +99,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises InputError: one is wrong or missing. SystemExit: help or the version was asked for, and printed.
     """
-    return _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown, parser, arguments.command))
+    return arguments
+
+
+def _unknown(words: Sequence[str], parser: argparse.ArgumentParser, command: str) -> str:
+    """The message for words that no argument takes, with the flag of the command that a misspelt one may mean."""
+    message = f"unrecognized arguments: {' '.join(words)}"
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    flags = [flag for flag in actions[0].choices[command]._option_string_actions if flag.startswith("--")]
+    for word in words:
+        close = difflib.get_close_matches(word.split("=", 1)[0], flags, n=1)
+        if close:
+            return f"{message}; did you mean {close[0]}?"
+    return message
 
 
 def option_name(flag: str) -> str:
@@ -201,6 +219,7 @@ def _add_demo(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     parser = _command(commands, "info", "show the tiers, the memory they need and the methods they allow")
+    parser.add_argument("directory", type=_path, metavar="DIR", nargs="?", help="the same as --weights DIR")
     _add_loading_flags(parser)
 
 

@@ -150,6 +150,12 @@ def _side_by_side(console: Console, pyramid: Pyramid, params: SamplingParams) ->
 
 
 def _run_info(arguments: argparse.Namespace) -> int:
+    if arguments.directory is not None:
+        if arguments.weights is not None:
+            raise InputError(
+                f"DIR is {arguments.directory} and --weights is {arguments.weights}: give one of them"
+            )
+        arguments.weights = arguments.directory
     with _loaded(arguments) as pyramid:
         report.print_info(_stdout(), pyramid)
     return 0
