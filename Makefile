@@ -10,7 +10,7 @@ FUZZ_SEED ?= 1
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real train-demo test test-compiled test-compiled-short fuzz examples lint types docs kernels bench wheel clean
+.PHONY: help demo demo-real train-demo test test-compiled test-compiled-short counts fuzz examples lint types docs kernels bench wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-compiled-short: $(VENV)/.dev ## the same for sm_80 alone and in bfloat16, i
 		tests/kernels/forward tests/kernels/test_noise.py -k "not refuses and not dtype0 and not dtype2"
 	@PYRAMID_PTX=sm_80 PYRAMID_PTX_TOKENS=8 $(BIN)/pytest -q -n auto tests/ptx \
 		-k "not float32_decodes and (not bfloat16_decodes or 0.8)"
+
+counts: $(VENV)/.dev ## count bytes and instructions of every compiled kernel, without a GPU
+	@PYTHONPATH=tests $(BIN)/python -P -m ptx.counted
 
 lint: $(VENV)/.dev ## style, form and strict types
 	@$(BIN)/ruff check .

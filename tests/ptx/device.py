@@ -63,6 +63,7 @@ def architecture() -> int:
 def install(arch: int) -> None:
     """From here on kernels are compiled for `arch` and run on the machine. Before Triton is imported, once."""
     os.environ["TRITON_INTERPRET"] = "0"
+    os.environ[VARIABLE] = f"sm_{arch}"
     # Apart from the ordinary cache: nothing is assembled here, the machine takes PTX.
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"pyramid-ptx-cache-{os.getuid()}"))
     import triton
