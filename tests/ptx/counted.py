@@ -66,7 +66,7 @@ def decode(weights: Path, tokens: int, method: str) -> str:
         weights, device="cpu", backend="triton", dtype="bfloat16", control="device", max_seq=512
     )
     with device.scheduled(Schedule(detect=False)), device.counted() as launched:
-        pyramid.generate("def fib(n):\n", method=method, max_new_tokens=tokens)  # type: ignore[arg-type]
+        pyramid.generate("def fib(n):\n", method=method, max_new_tokens=tokens)
     pyramid.close()
     kernels = dict.fromkeys(name for name, _ in launched)
     rows = ["| kernel | launches | instructions | read | written |", "|---|---|---|---|---|"]

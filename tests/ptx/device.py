@@ -98,6 +98,13 @@ def install(arch: int) -> None:
     for module in (api, weights, choice):
         vars(module)["check_backend"] = check_backend
 
+    from pyramid_rt.kernels.decide import decision, filters
+    from pyramid_rt.models.backends import triton as backend
+
+    # Configurations are those of the device that is stood in for; of a CPU they would be those of sm_80.
+    for module in (backend, decision, filters):
+        vars(module)["architecture"] = lambda _device: arch
+
 
 @contextlib.contextmanager
 def scheduled(schedule: Schedule) -> Iterator[None]:
