@@ -1,4 +1,4 @@
-"""What compiled kernels execute and move, counted by the machine: `PYTHONPATH=tests python -P -m ptx.counted`.
+"""Instructions and bytes of compiled kernels, counted by the machine: `PYTHONPATH=tests python -P -m ptx.counted`.
 
 The table of docs/kernels.md is what this prints for sm_90; with --decode, the sums over a generation of a pyramid.
 """

@@ -31,7 +31,7 @@ class Terms:
 
 
 def _stream(width: int) -> dict[str, int]:
-    """What leaves the residual stream for the next norm."""
+    """The residual stream for the next norm: as it is, times the weight, sums of squares."""
     return {"out": T * width * B, "scaled": T * width * B, "sumsq": SUMS}
 
 

@@ -114,6 +114,8 @@ THIRD = float(np.float32(1) / np.float32(3))
         ("div.full.f32", (1.0, 3.0), THIRD),
         ("neg.f32", (2.5,), -2.5),
         ("abs.f32", (-2.5,), 2.5),
+        ("copysign.f32", (-1.0, 2.5), -2.5),
+        ("copysign.f32", (0.0, -2.5), 2.5),
         ("sqrt.rn.f32", (2.25,), 1.5),
         ("rsqrt.approx.ftz.f32", (4.0,), 0.5),
         ("ex2.approx.f32", (-3.0,), 0.125),
