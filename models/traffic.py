@@ -50,13 +50,14 @@ def _sums(shape: Shape, length: int) -> int:
 
 def _embed(shape: Shape, length: int, context: int, size: int) -> Traffic:
     rows = length * shape.hidden * size
-    return Traffic(rows + 8 * length, rows + _sums(shape, length), rows)
+    # Whoever leaves x leaves it times the weight of the norm behind it as well.
+    return Traffic(rows + 8 * length + shape.hidden * size, 2 * rows + _sums(shape, length), rows)
 
 
 def _qkv(shape: Shape, length: int, context: int, size: int) -> Traffic:
     rows, width = matrix("qkv", shape)
     weights = rows * width * size
-    small = (length * width + width + length * shape.head_dim) * size + _sums(shape, length)
+    small = length * (width + shape.head_dim) * size + _sums(shape, length)
     return Traffic(weights + small, length * rows * size, weights)
 
 
@@ -70,9 +71,8 @@ def _project(op: str) -> Callable[[Shape, int, int, int], Traffic]:
     def count(shape: Shape, length: int, context: int, size: int) -> Traffic:
         rows, width = matrix(op, shape)
         weights = rows * width * size
-        return Traffic(
-            weights + length * (width + rows) * size, length * rows * size + _sums(shape, length), weights
-        )
+        read = weights + (length * (width + rows) + rows) * size
+        return Traffic(read, 2 * length * rows * size + _sums(shape, length), weights)
 
     return count
 
@@ -80,14 +80,14 @@ def _project(op: str) -> Callable[[Shape, int, int, int], Traffic]:
 def _gate_up(shape: Shape, length: int, context: int, size: int) -> Traffic:
     rows, width = matrix("gate_up", shape)
     weights = rows * width * size
-    read = weights + (length * width + width) * size + _sums(shape, length)
+    read = weights + length * width * size + _sums(shape, length)
     return Traffic(read, length * shape.intermediate * size, weights)
 
 
 def _head(shape: Shape, length: int, context: int, size: int) -> Traffic:
     rows, width = matrix("head", shape)
     weights = rows * width * size
-    read = weights + (length * width + width) * size + _sums(shape, length)
+    read = weights + length * width * size + _sums(shape, length)
     return Traffic(read, 4 * length * rows + 16 * length * -(-rows // HEAD_TILE), weights)
 
 
@@ -128,9 +128,11 @@ def _decision(op: str) -> Callable[[Shape, int, int, int], Traffic]:
             return Traffic(read + state, written, read)
         stationary = {
             "match": rows * (own + sums),
-            "decide": both * 4 * shape.vocab + both * sums + rows * own,
+            # The row after a proposal is compared with none.
+            "decide": (both - 1) * 4 * shape.vocab + both * sums + rows * own,
             "filtered": rows * (4 * shape.vocab + own + sums),
-            "reject": both * (4 * shape.vocab + own + sums),
+            # The row that falls is scanned once more, with the one below it.
+            "reject": (both + 2) * 4 * shape.vocab + both * (own + sums),
         }[op]
         # Own token and flaw of each row; with processed distributions its normaliser and cut too.
         results = {"match": 12 * rows, "decide": 16 * rows, "filtered": 20 * rows, "reject": 20 * both}[op]

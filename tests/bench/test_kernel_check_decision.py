@@ -335,10 +335,10 @@ def test_profiling_a_decision(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_traffic_by_hand() -> None:
     shape, tiles = SHAPES[0], 2004
     read = {op: gpu_traffic.traffic(op, shape, length=8).stationary for op in gpu_traffic.DECISION_OPS}
-    assert read["decide"] == 15 * 128256 * 4 + 15 * 8 * tiles + 8 * (4 * tiles + 4)
+    assert read["decide"] == 14 * 128256 * 4 + 15 * 8 * tiles + 8 * (4 * tiles + 4)
     assert read["match"] == 8 * (12 * tiles + 4)
     assert read["filtered"] == 8 * 128256 * 4 + read["match"]
-    assert read["reject"] == 15 * (128256 * 4 + 12 * tiles + 4)
+    assert read["reject"] == 17 * 128256 * 4 + 15 * (12 * tiles + 4)
     assert read["sample"] == 12 * tiles + 4
     assert set(gpu_traffic.DECISION_OPS) == set(TIMED_DECISIONS)
     assert gpu_traffic.decision_markdown() in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ def test_traffic_by_hand() -> None:
     assert found.stationary == 2 * 8 * 1024 * 64 * 2
     assert (found.read, found.written) == (found.stationary + 4 * 2048 * 2, 4 * 2048 * 2)
     gate = traffic("gate_up", shape, length=1)
-    assert gate.read == 2 * 8192 * 2048 * 2 + 2 * 2048 * 2 + 32 * 4
+    assert gate.read == 2 * 8192 * 2048 * 2 + 2048 * 2 + 32 * 4
     assert gate.written == 8192 * 2
     assert traffic("head", shape, length=1, itemsize=4).stationary == 128256 * 2048 * 4
     with pytest.raises(ValueError, match="shape is 'gpt'"):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.kernel_check.problems.oracle import near
+from bench.kernel_check.problems.oracle import UNIT32, near
 from helpers.equality import assert_everywhere
 from pyramid_rt.kernels.configs import ProjectionConfig
 from pyramid_rt.kernels.forward.product import Workspace, counter_elements, partial_elements
@@ -61,9 +61,37 @@ def workspace(rows: int, config: ProjectionConfig) -> Workspace:
     return space
 
 
-def assert_near(actual: Tensor, exact: Tensor, reference: Tensor) -> None:
-    """As near to the float64 result as the reference of the same dtype is, see `near`."""
-    assert near(actual, exact, reference) <= 1.0
+def assert_near(actual: Tensor, exact: Tensor, reference: Tensor, *, width: int, magnitudes: Tensor) -> None:
+    """A product of `width` terms is as near to the float64 result as arithmetic in its dtype keeps it.
+
+    Always as near as the reference of the same dtype is but for the random walk of a float32 sum, see `near`:
+    the reference's library may add in a luckier order. In float32 also, element by element, within the rounding
+    error that no order of additions exceeds, fused or not (Higham, Accuracy and Stability, 3.1): n roundings of
+    each term stray by at most n u / (1 - n u) of the magnitudes' sum. Their RMS is held to the same with sqrt(n),
+    since roundings that do not conspire add like a random walk.
+
+    Args:
+        actual, reference: in dtype. exact: float64.
+        width: K.
+        magnitudes: float64, the exact result's formula with every term's magnitude in its place.
+    """
+    assert near(actual, exact, reference, width) <= 1.0
+    if actual.dtype != torch.float32:
+        return
+    # K of the sum; as many of the mean square under a norm; those of the norm's weight, of the root, the bias,
+    # the rotation, the gate and the residual.
+    roundings = 2 * width + 16
+    bound = roundings * UNIT32 / (1 - roundings * UNIT32) * magnitudes
+    error = (actual.double() - exact).abs()
+    assert_everywhere(error <= bound, error, about=f"{float((error / bound).max())} of the bound")
+    rms, most = (float(x.square().mean().sqrt()) for x in (error, magnitudes))
+    assert rms <= math.sqrt(roundings) * UNIT32 * most, (rms, most)
+
+
+def linear_magnitudes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """|x| |W|^T + |b| in float64: what the rounding of a product is measured by."""
+    sizes = x.double().abs() @ weight.double().abs().T
+    return sizes if bias is None else sizes + bias.double().abs()
 
 
 def assert_untouched(buffer: Tensor) -> None:

@@ -63,6 +63,7 @@ def architecture() -> int:
 def install(arch: int) -> None:
     """From here on kernels are compiled for `arch` and run on the machine. Before Triton is imported, once."""
     os.environ["TRITON_INTERPRET"] = "0"
+    os.environ[VARIABLE] = f"sm_{arch}"
     # Apart from the ordinary cache: nothing is assembled here, the machine takes PTX.
     os.environ["TRITON_CACHE_DIR"] = str(Path(tempfile.gettempdir(), f"pyramid-ptx-cache-{os.getuid()}"))
     import triton
@@ -96,6 +97,13 @@ def install(arch: int) -> None:
 
     for module in (api, weights, choice):
         vars(module)["check_backend"] = check_backend
+
+    from pyramid_rt.kernels.decide import decision, filters
+    from pyramid_rt.models.backends import triton as backend
+
+    # Configurations are those of the device that is stood in for; of a CPU they would be those of sm_80.
+    for module in (backend, decision, filters):
+        vars(module)["architecture"] = lambda _device: arch
 
 
 @contextlib.contextmanager

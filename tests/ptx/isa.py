@@ -10,11 +10,12 @@ def _words(text: str) -> list[str]:
 # One opcode, one operation of the core, named after it: destinations of one unit (32 bits) or of two.
 NARROW = _words("""
     add.s32 sub.s32 mul.lo.s32 mad.lo.s32 neg.s32 abs.s32 mul.hi.u32 mul.hi.s32 min.s32 max.s32 min.u32 max.u32
+    min.relu.s32 max.relu.s32
     and.b32 or.b32 xor.b32 not.b32 mov.b32 shl.b32 shr.u32 shr.s32 bfe.u32 bfe.s32 prmt.b32 popc.b32 clz.b32
     and.b16 or.b16 xor.b16 mov.b16 add.s16 shl.b16 shr.u16 cvt.u16.u32 cvt.u32.u16 cvt.s32.s16 cvt.u32.u8 cvt.s32.s8
     cvt.rn.f32.s32 cvt.rn.f32.u32 cvt.rzi.s32.f32 cvt.rn.f32.u64 cvt.rn.f32.s64 popc.b64
-    add.rn.f32 sub.rn.f32 mul.rn.f32 div.rn.f32 div.full.f32 neg.f32 abs.f32 fma.rn.f32 fma.rn.ftz.f32 sqrt.rn.f32
-    min.f32 max.f32 rsqrt.approx.ftz.f32 ex2.approx.f32 ex2.approx.ftz.f32 lg2.approx.f32
+    add.rn.f32 sub.rn.f32 mul.rn.f32 div.rn.f32 div.full.f32 neg.f32 abs.f32 copysign.f32 sqrt.rn.f32
+    fma.rn.f32 fma.rn.ftz.f32 min.f32 max.f32 rsqrt.approx.ftz.f32 ex2.approx.f32 ex2.approx.ftz.f32 lg2.approx.f32
     cvt.rn.bf16.f32 cvt.rn.f16.f32 cvt.f32.bf16 cvt.f32.f16 cvt.rn.bf16x2.f32 cvt.rn.f16x2.f32
     fma.rn.bf16 mul.rn.bf16 add.rn.bf16 sub.rn.bf16 fma.rn.bf16x2 mul.rn.bf16x2 add.rn.bf16x2
     fma.rn.f16 mul.rn.f16 add.rn.f16 sub.rn.f16 fma.rn.f16x2 mul.rn.f16x2 add.rn.f16x2

@@ -17,6 +17,7 @@ from helpers.oracle import (
     LENGTHS,
     assert_near,
     assert_untouched,
+    linear_magnitudes,
     poisoned,
     random,
     sums_of_squares,
@@ -94,7 +95,10 @@ def test_matches_reference(
         )
 
     assert_equal_tensors(out[:count, :vocab], out[:count, :vocab].to(dtype).float())
-    assert_near(out[:count, :vocab].to(dtype), apply(torch.float64), apply(dtype))
+    normed = reference.rms_norm(x[rows].double(), norm.double(), EPS)
+    magnitudes = linear_magnitudes(normed, weight[:vocab])
+    exact, same = apply(torch.float64), apply(dtype)
+    assert_near(out[:count, :vocab].to(dtype), exact, same, width=width, magnitudes=magnitudes)
     assert_everywhere(out[:count, vocab:] == -math.inf, out[:count, vocab:])
     assert_untouched(out[count:])
     scores = out[:count]

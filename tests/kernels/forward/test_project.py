@@ -13,6 +13,7 @@ from helpers.oracle import (
     LENGTHS,
     assert_near,
     assert_untouched,
+    linear_magnitudes,
     poisoned,
     random,
     sums_of_squares,
@@ -61,7 +62,8 @@ def test_matches_reference(
         y = reference.linear(x[:length].to(kind), weight.to(kind), b)
         return y + residual[:length].to(kind)
 
-    assert_near(out[:length], apply(torch.float64), apply(dtype))
+    magnitudes = linear_magnitudes(x[:length], weight, bias) + residual[:length].double().abs()
+    assert_near(out[:length], apply(torch.float64), apply(dtype), width=width, magnitudes=magnitudes)
     assert_untouched(out[length:])
     torch.testing.assert_close(
         sumsq[:, :length], sums_of_squares(out, length)[:, :length], rtol=1e-5, atol=1e-5

@@ -13,6 +13,7 @@ from helpers.oracle import (
     LENGTHS,
     assert_near,
     assert_untouched,
+    linear_magnitudes,
     poisoned,
     random,
     sums_of_squares,
@@ -73,17 +74,23 @@ def test_matches_reference(
         config,
     )
 
+    def apart(joint: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qk, values = joint.view(length, -1, head_dim).split((heads + kv_heads, kv_heads), 1)
+        queries, keys = reference.apply_rope(qk, *table.split(1, 1)).split((heads, kv_heads), 1)
+        return queries, keys.transpose(0, 1), values.transpose(0, 1)
+
+    turns = rotary[start : start + length]
+
     def apply(kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         normed = reference.rms_norm(x[:length].to(kind), norm.to(kind), EPS)
         joint = reference.linear(normed, weight.to(kind), None if bias is None else bias.to(kind))
-        qk, values = joint.view(length, -1, head_dim).split((heads + kv_heads, kv_heads), 1)
-        cos, sin = rotary[start : start + length].to(kind).split(1, 1)
-        queries, keys = reference.apply_rope(qk, cos, sin).split((heads, kv_heads), 1)
-        return queries, keys.transpose(0, 1), values.transpose(0, 1)
+        return apart(joint, turns.to(kind))
 
+    normed = reference.rms_norm(x[:length].double(), norm.double(), EPS)
+    sizes = apart(linear_magnitudes(normed, weight, bias), turns.double().abs())
     actual = (q[:length], k[:, start : start + length], v[:, start : start + length])
-    for got, exact, same in zip(actual, apply(torch.float64), apply(dtype), strict=True):
-        assert_near(got, exact, same)
+    for got, exact, same, size in zip(actual, apply(torch.float64), apply(dtype), sizes, strict=True):
+        assert_near(got, exact, same, width=width, magnitudes=size)
     assert_untouched(q[length:])
     assert_untouched(cache[:, :start])
     assert_untouched(cache[:, start + length :])

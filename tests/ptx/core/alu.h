@@ -51,9 +51,12 @@ static void arithmetic(Machine *m, const Ins *i) {
     const uint32_t *A = w->r + i->a * LANES, *B = w->r + i->b * LANES, *C = w->r + i->c * LANES;
     uint32_t good = w->defined[i->a] & w->defined[i->b] & w->defined[i->c];
     switch (i->op) {
+    U(COPYSIGN_F32, (x & 0x80000000u) | (y & 0x7fffffffu))
     U(ADD_S32, x + y) U(SUB_S32, x - y) U(MUL_LO_S32, x * y) U(MAD_LO_S32, x * y + z) U(NEG_S32, -x) U(ABS_S32, s32(x) < 0 ? -x : x)
     U(MUL_HI_U32, (uint64_t)x * y >> 32) U(MUL_HI_S32, (int64_t)s32(x) * s32(y) >> 32)
     U(MIN_S32, s32(x) < s32(y) ? x : y) U(MAX_S32, s32(x) > s32(y) ? x : y) U(MIN_U32, x < y ? x : y) U(MAX_U32, x > y ? x : y)
+    U(MIN_RELU_S32, s32(x) < 0 || s32(y) < 0 ? 0 : x < y ? x : y)
+    U(MAX_RELU_S32, s32(x) < 0 && s32(y) < 0 ? 0 : s32(x) > s32(y) ? x : y)
     U(AND_B32, x & y) U(OR_B32, x | y) U(XOR_B32, x ^ y) U(NOT_B32, ~x) U(MOV_B32, x)
     U(SHL_B32, y > 31 ? 0 : x << y) U(SHR_U32, y > 31 ? 0 : x >> y) U(SHR_S32, s32(x) >> (y > 31 ? 31 : y))
     U(BFE_U32, field(x, y, z, 0)) U(BFE_S32, field(x, y, z, 1)) U(PRMT_B32, permute(x, y, z))
