@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import pyramid_rt
-from pyramid_rt import GenerationResult, InputError, Pyramid
+from pyramid_rt import GenerationResult, InputError, Pyramid, PyramidError
 
 Message = dict[str, str]
 SYSTEM = "You are a helpful assistant. Answer briefly."
@@ -84,7 +84,12 @@ def main() -> int:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with pyramid_rt.load(sys.argv[1]) as rt:
+    try:
+        rt = pyramid_rt.load(sys.argv[1])
+    except PyramidError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with rt:
         write("> ")
         converse(Chat(rt, write, temperature=0.7, max_new_tokens=300), sys.stdin, write)
     return 0

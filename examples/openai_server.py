@@ -254,7 +254,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     given = parser.parse_args()
-    rt = pyramid_rt.load(given.weights, device=given.device)
+    try:
+        rt = pyramid_rt.load(given.weights, device=given.device)
+    except PyramidError as error:
+        parser.error(str(error))
     print(f"listening at http://{given.host}:{given.port}/v1; Ctrl-C ends it", flush=True)
     # One Ctrl-C is enough: streams that are still open are cut off.
     uvicorn.run(

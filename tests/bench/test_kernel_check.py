@@ -50,7 +50,7 @@ def test_tolerance_takes_roundings_and_refuses_more() -> None:
 
 
 def test_a_product_of_sums_is_judged_by_the_size_of_its_own_factors() -> None:
-    """Where the other factor is large an error comes through whole, and where it is small it must be small too."""
+    """An error comes through whole where the other factor is large, and must be small where it is small."""
     torch.manual_seed(0)
     first, second = torch.randn(2, 64, 2048, dtype=torch.float64)
     exact, walk = first * second, gpu_oracle.accumulation(2048)

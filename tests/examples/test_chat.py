@@ -58,3 +58,11 @@ def test_the_oldest_turns_make_room(tiny: Pyramid) -> None:
     assert any("max_seq" in piece for piece in said)
     with pytest.raises(InputError, match="max_seq"):
         talk.say("y" * 400)
+
+
+def test_weights_that_are_not_there_are_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["chat.py", "/no/such/place"])
+    assert chat.main() == 2
+    assert capsys.readouterr().err == "error: /no/such/place does not exist; expected a weights directory\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.examples import serving
+from helpers.examples import example, serving
 
 from pyramid_rt import Pyramid
 
@@ -144,3 +144,14 @@ def test_requests_at_once_are_all_answered(url: str, tiny: Pyramid) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda _: httpx.post(f"{url}/completions", json=body, timeout=60), range(24))
         assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
+
+
+def test_weights_that_are_not_there_are_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["openai_server.py", "--weights", "/no/such/place"])
+    with pytest.raises(SystemExit):
+        example("openai_server").main()
+    assert capsys.readouterr().err.endswith(
+        "error: /no/such/place does not exist; expected a weights directory\n"
+    )
