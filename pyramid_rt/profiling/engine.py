@@ -78,7 +78,12 @@ class RecordingReader(RoundReader):
         if self._launch is None:
             super().gather()
         else:
-            self._spans.op("report", None, {"kernel": kernel_name(self._launch)}, super().gather)
+            self._spans.op(
+                "report",
+                None,
+                {"kernel": kernel_name(self._launch), "formula": "readback", "rows": 1},
+                super().gather,
+            )
 
 
 class ProfiledEngine(Engine):

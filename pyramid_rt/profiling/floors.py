@@ -51,6 +51,10 @@ def note_bytes(root: Span, shapes: Mapping[str, tuple[Shape, int]]) -> None:
     for span in root.walk():
         if span.kind == "forward":
             _note_pass(span, shapes.get(span.tier or ""))
+    whole = max((shape for shape, _ in shapes.values()), key=lambda shape: shape.vocab, default=None)
+    for span in root.walk():
+        if span.kind in ("burst", "verify", "round"):
+            _note_decisions(span, whole)
     _sum(root)
 
 
@@ -69,6 +73,24 @@ def _note_pass(span: Span, known: tuple[Shape, int] | None) -> None:
         op.args |= {"weights": 0, "cache": 0, held: moved.stationary}
         op.args["activations"] = moved.total - moved.stationary
         op.args["bytes"] = moved.total
+
+
+def _note_decisions(span: Span, shape: Shape | None) -> None:
+    """Launches beside the passes: skipped where the pass before them was, else with the bytes of their formula.
+
+    They go over the logits of one tier after the other, whose rows all have the vocabulary that is shared.
+    """
+    passed: Span | None = None
+    for child in span.children:
+        if child.kind == "forward":
+            passed = child
+        elif child.kind == "op":
+            formula = child.args.get("formula")
+            if passed is not None and passed.args.get("skipped"):
+                child.args["skipped"] = True
+            elif formula is not None and shape is not None:
+                moved = traffic(formula, shape, length=child.args["rows"], itemsize=4)
+                child.args["bytes"] = moved.total
 
 
 def _sum(span: Span) -> int | None:

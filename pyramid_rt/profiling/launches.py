@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from pyramid_rt.decoding.rounds.kernel_steps import KernelRoundRunner, Stage
 from pyramid_rt.decoding.rounds.recursion import burst_name
@@ -46,6 +47,22 @@ def ops_of(stage: Stage) -> list[tuple[str, int | None, Runnable]]:
         is_head = at == inside - 1 and op == 0 and kernel_name(launch).startswith("head")
         found.append(("head", None, launch) if is_head else (LAYER_OPS[op], layer, launch))
     return found
+
+
+def decision_sizes(launch: Runnable) -> dict[str, Any]:
+    """The formula of `models.traffic` for a launch that decides, and its rows; nothing where there is none.
+
+    Formulas are of a verify's rows, two at least; that of `reject` counts the rows of `filters` before it too.
+    """
+    options: dict[str, Any] = getattr(launch, "kwargs", {})
+    rows = options.get("COUNT", 1)
+    name = kernel_name(launch).removesuffix("_kernel")
+    if name == "sample":
+        return {"formula": "sample", "rows": 1}
+    if rows < 2 or name not in ("decide", "filters"):
+        return {}
+    formula = "filtered" if name == "filters" else "decide" if options["FUZZY"] else "match"
+    return {"formula": formula, "rows": rows}
 
 
 class RecordingRoundRunner(KernelRoundRunner):
@@ -100,4 +117,5 @@ class RecordingRoundRunner(KernelRoundRunner):
 
     def _run_ops(self, stage: Stage) -> None:
         for op, layer, launch in ops_of(stage):
-            self._spans.op(op, layer, {"kernel": kernel_name(launch)}, launch.run)
+            sizes = decision_sizes(launch) if stage.level is None else {}
+            self._spans.op(op, layer, {"kernel": kernel_name(launch), **sizes}, launch.run)

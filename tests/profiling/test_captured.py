@@ -16,6 +16,8 @@ import pyramid_rt
 from pyramid_rt import InputError, Pyramid
 from pyramid_rt.decoding.place import HostPlace
 from pyramid_rt.kernels.launch import Launch
+from pyramid_rt.models.shapes import Shape
+from pyramid_rt.models.traffic import traffic
 from pyramid_rt.profiling import session, table
 from pyramid_rt.profiling.captured import library_kernel, retimed
 from pyramid_rt.profiling.profile import Profile
@@ -122,12 +124,24 @@ def test_the_ops_of_a_round_have_the_times_of_its_records(taken: Taken) -> None:
 
 def test_passes_that_were_skipped_are_labelled_and_move_nothing(taken: Taken) -> None:
     profile, _, _ = taken
+    shape = Shape("tiny", 64, 64, 3, 2, 1, 64, 259)
     passes = [span for span in profile.spans.walk() if span.kind == "forward"]
     skipped = [span for span in passes if span.args.get("skipped")]
     assert 0 < len(skipped) < len(passes)
     assert len(skipped) >= sum(line.skipped for line in profile.tier_lines) > 0
     for span in passes:
         assert ("bytes" in span.args) == (span not in skipped)
+    for part in profile.spans.walk():
+        if part.kind not in ("burst", "verify"):
+            continue
+        *_, passed, decided = [child for child in part.children if child.kind != "rest"]
+        assert passed.kind == "forward"
+        assert decided.kind == "op"
+        assert bool(decided.args.get("skipped")) == bool(passed.args.get("skipped"))
+        # match over three rows of the one tile of a small vocabulary, and the state
+        expected = {"sample": traffic("sample", shape, length=1), "decide": traffic("match", shape, length=3)}
+        if not passed.args.get("skipped"):
+            assert decided.args["bytes"] == expected[decided.name].total
 
 
 def without_the_last_head(records: list[KernelRecord]) -> list[KernelRecord]:
