@@ -1,0 +1,1 @@
+"""Our plain decoding beside llama.cpp's, on the same weights."""
