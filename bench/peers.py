@@ -31,26 +31,14 @@ Contender = Callable[[Sequence[int]], list[int]]
 SMOLLM2_CASES = 4  # prompts of the SmolLM2 comparison, taken evenly from all
 
 
-# The pyramid's defaults are for its fastest lossless method; a fuzzy target pays with longer proposals.
-LONG: Options = {
-    "draft_length": 8,
-    "qualifier_length": 16,
-    "qualifier_threshold": 0.3,
-    "target_threshold": 0.4,
-}
-
-
-def ours(
-    pyramid: pyramid_rt.Pyramid, method: str, new_tokens: int, options: Options | None = None
-) -> Contender:
-    """Our greedy decoding by one method; what `options` leave open is by the pyramid's own defaults."""
+def ours(pyramid: pyramid_rt.Pyramid, method: str, new_tokens: int) -> Contender:
+    """Our greedy decoding by one method, with the pyramid's own defaults for it."""
     request: Options = {
         "method": method,
         "max_new_tokens": new_tokens,
         "temperature": 0.0,
         "ignore_eos": True,
     }
-    request.update(options or {})
     return lambda ids: pyramid.generate(list(ids), **request).tokens
 
 
@@ -102,7 +90,6 @@ def compare_demo(device: str, dtype: str, repeats: int, new_tokens: int) -> Timi
         assert pyramid.tokenizer is not None
         prompts: list[Sequence[int]] = [pyramid.tokenizer.encode(prompt) for prompt in DEMO_PROMPTS]
         contenders = {method: ours(pyramid, method, new_tokens) for method in METHODS}
-        contenders["psd_f, lengths 8 and 16"] = ours(pyramid, "psd_f", new_tokens, LONG)
         contenders["transformers"] = theirs(target, new_tokens, device)
         contenders["transformers assisted"] = theirs(target, new_tokens, device, assistant_model=draft)
         fixed = load_peer(directory, getattr(torch, dtype), tier="draft").to(device)

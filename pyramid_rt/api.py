@@ -270,10 +270,12 @@ def _end_ids(directory: PyramidDirectory, target: LlamaConfig, vocab_size: int) 
 def _default_round(directory: PyramidDirectory, host_control: bool) -> tuple[str, RoundPlan]:
     """The directory's default method, and the shape of its rounds; bad defaults are refused by the file's name."""
     file = directory.path / PYRAMID_FILE
-    params = checked_defaults(file, directory.defaults)
+    defaults = checked_defaults(file, directory.defaults)
     count = len(directory.tiers)
-    method = params.method if params.method in methods_for(count) else best_method(count)
+    named = defaults.common.get("method")
+    method = named if named in methods_for(count) else best_method(count)
     assert method is not None
+    params = SamplingParams.build({}, defaults.of_method(method))
     try:
         return method, build_plan(params, rules_of(method, params.rule_options), host_control=host_control)
     except InputError as error:

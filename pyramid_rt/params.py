@@ -210,6 +210,61 @@ class SamplingParams:
         )
 
 
+# Within defaults: those of single methods, by their names.
+BY_METHOD = "methods"
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Options that calls do not give, some for single methods alone.
+
+    Attributes:
+        common: by name, for every method.
+        methods: by method, what takes the place of the common ones where it decodes.
+    """
+
+    common: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, defaults: Mapping[str, Any] | None) -> Defaults:
+        """Checked, from options by name with "methods" among them.
+
+        Raises:
+            InputError: they are no such thing, name no method, or an option is unknown or out of range.
+        """
+        if not isinstance(defaults, Mapping | None):
+            raise InputError(f"defaults must be options by name, found {checks.shown(defaults)}")
+        common = {name: value for name, value in (defaults or {}).items() if name != BY_METHOD}
+        methods = (defaults or {}).get(BY_METHOD, {})
+        if not isinstance(methods, Mapping):
+            raise InputError(f"{BY_METHOD} must be options by method, found {checks.shown(methods)}")
+        made = cls(common, {name: dict(_of_method(name, options)) for name, options in methods.items()})
+        SamplingParams.build({}, common)
+        for name in made.methods:
+            try:
+                SamplingParams.build({}, made.of_method(name))
+            except InputError as error:
+                raise InputError(f"{BY_METHOD}, {name}: {error}") from error
+        return made
+
+    def of_method(self, method: str) -> dict[str, Any]:
+        """Those of calls that this method decodes. A length of its own comes before a common `inner_rounds`."""
+        own = self.methods.get(method, {})
+        dropped = {"inner_rounds"} if "qualifier_length" in own else set()
+        return {**{name: value for name, value in self.common.items() if name not in dropped}, **own}
+
+
+def _of_method(method: Any, options: Any) -> Mapping[str, Any]:
+    if method not in METHODS:
+        raise InputError(f"{BY_METHOD} names {checks.shown(method)}, expected any of {', '.join(METHODS)}")
+    if not isinstance(options, Mapping):
+        raise InputError(f"{BY_METHOD}, {method}: expected options by name, found {checks.shown(options)}")
+    if "method" in options:
+        raise InputError(f"{BY_METHOD}, {method}: it sets a method of its own")
+    return options
+
+
 def merged_options(params: SamplingParams | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call: those of `params`, and those given beside it, which come first. Raises InputError."""
     if params is None:

@@ -23,7 +23,7 @@ from pyramid_rt.errors import BusyError, InputError
 from pyramid_rt.gate import CLOSED, Caller, Gate, Visit
 from pyramid_rt.loading.memory import MemoryPlan
 from pyramid_rt.loading.model_tier import ModelTier
-from pyramid_rt.params import Options, SamplingParams, merged_options
+from pyramid_rt.params import Defaults, Options, SamplingParams, merged_options
 from pyramid_rt.result import GenerationResult
 from pyramid_rt.running import Request, work
 from pyramid_rt.streaming import AsyncStream, Ending, Stream, Work, run_in_thread
@@ -54,7 +54,7 @@ class Pyramid:
         tokenizer: needed for string prompts, chats, text and stop strings.
         eos_token_ids: ids that end a sequence.
         vocab_size: columns decoded over; by default the fewest that any tier has.
-        defaults: options that calls do not give.
+        defaults: options that calls do not give; under "methods" those of single methods, by their names.
         control: "host" (default on a CPU) or "device" (default elsewhere): who ends an inner round.
         plan: the memory plan it was loaded by.
         prefix_reuse: keep what the caches hold, so that a prompt that begins as the last call's text did (a chat
@@ -102,10 +102,7 @@ class Pyramid:
         self.vocab_size = most if vocab_size is None else checks.whole("vocab_size", vocab_size, 1, most)
         ids = checks.sequence("eos_token_ids", eos_token_ids, "token ids")
         self.eos_token_ids = tuple(token_ids("eos_token_ids", ids, self.vocab_size))
-        if not isinstance(defaults, Mapping | None):
-            raise InputError(f"defaults must be options by name, found {checks.shown(defaults)}")
-        self.defaults = dict(defaults or {})
-        SamplingParams.build({}, self.defaults)
+        self._defaults = Defaults.of(defaults)
         self._gate = Gate()
         self.prefix_reuse = checks.flag("prefix_reuse", prefix_reuse)
         self._recorder = self._choose_recorder(graphs, recorder)
@@ -140,11 +137,25 @@ class Pyramid:
         return methods_for(len(self.tiers))
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """Options that calls do not give, of every method."""
+        return dict(self._defaults.common)
+
+    @property
+    def method_defaults(self) -> dict[str, dict[str, Any]]:
+        """By method, what it has in their place."""
+        return {method: dict(options) for method, options in self._defaults.methods.items()}
+
+    def defaults_of(self, method: str) -> dict[str, Any]:
+        """Options of calls that this method decodes and that give none."""
+        return self._defaults.of_method(method)
+
+    @property
     def default_method(self) -> str:
         """The method of a call that names none; "chain" where the pyramid was given rules of its own."""
         if self.rules is not None:
             return CHAIN
-        named = self.defaults.get("method")
+        named = self._defaults.common.get("method")
         return named if named in self.methods else best_method(len(self.tiers))
 
     def generate(
@@ -336,8 +347,10 @@ class Pyramid:
         """Checked options, and the method, tiers and rules they mean."""
         if self._gate.closed:
             raise BusyError(CLOSED)
-        params = SamplingParams.build(options, {**self.defaults, "method": None})
+        params = SamplingParams.build(options, {**self._defaults.common, "method": None})
         method = params.method or self.default_method
+        if method in self._defaults.methods:
+            params = SamplingParams.build(options, {**self.defaults_of(method), "method": None})
         if method == CHAIN:
             assert self.rules is not None
             tiers, rules = self.tiers, self.rules

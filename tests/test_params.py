@@ -7,14 +7,16 @@ import enum
 import http
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import pyramid_rt
 from pyramid_rt import InputError, Pyramid, SamplingParams
-from pyramid_rt.params import LEAST_TEMPERATURE
+from pyramid_rt.params import LEAST_TEMPERATURE, Defaults
 
 HUGE = 10**5000  # its digits are more than Python prints
 
@@ -199,3 +201,60 @@ def test_a_number_that_fails_is_no_number() -> None:
 
     with pytest.raises(InputError, match="max_new_tokens must be an integer"):
         SamplingParams(max_new_tokens=Odd())  # type: ignore[arg-type]
+
+
+# Defaults of single methods.
+
+BY_METHOD: dict[str, Any] = {
+    "draft_length": 3,
+    "inner_rounds": 2,
+    "methods": {
+        "psd_f": {"draft_length": 8, "qualifier_length": 16, "target_threshold": 0.5},
+        "fsd": {"draft_length": 5},
+    },
+}
+
+
+def test_a_method_has_its_own_defaults_in_place_of_the_common_ones() -> None:
+    defaults = Defaults.of(BY_METHOD)
+    assert defaults.of_method("sd") == {"draft_length": 3, "inner_rounds": 2}
+    assert defaults.of_method("fsd") == {"draft_length": 5, "inner_rounds": 2}
+    # A length of its own would be overridden by the common number of rounds.
+    assert defaults.of_method("psd_f") == BY_METHOD["methods"]["psd_f"]
+    assert Defaults.of(None).of_method("ar") == {}
+
+
+def test_a_call_comes_before_either(tiny_dir: Path) -> None:
+    with pyramid_rt.load(tiny_dir, device="cpu") as base:
+        pyramid = Pyramid(
+            base.tiers, vocab_size=base.vocab_size, tokenizer=base.tokenizer, defaults=BY_METHOD
+        )
+        chosen = {
+            (method, *given.items()): pyramid._chosen({"method": method, **given})[0]
+            for method in ("psd_f", "fsd", "sd")
+            for given in ({}, {"draft_length": 2})
+        }
+        assert [params.draft_length for params in chosen.values()] == [8, 2, 5, 2, 3, 2]
+        assert [params.inner_rounds for params in chosen.values()] == [None, None, 2, 2, 2, 2]
+        assert chosen[("psd_f",)].target_threshold == 0.5
+        assert pyramid.defaults == {"draft_length": 3, "inner_rounds": 2}
+        assert pyramid.method_defaults == BY_METHOD["methods"]
+        # Of the method that a call without options decodes by, too.
+        default = Pyramid(base.tiers, vocab_size=base.vocab_size, defaults={**BY_METHOD, "method": "fsd"})
+        assert default._chosen({})[0].draft_length == 5
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ([], "methods must be options by method"),
+        ({"psd_g": {}}, "methods names 'psd_g', expected any of ar, sd"),
+        ({"sd": 3}, "methods, sd: expected options by name, found 3"),
+        ({"sd": {"method": "ar"}}, "methods, sd: it sets a method of its own"),
+        ({"sd": {"draft_length": 0}}, "methods, sd: draft_length"),
+        ({"sd": {"draft_len": 1}}, "methods, sd: unknown option 'draft_len'"),
+    ],
+)
+def test_wrong_defaults_of_methods_are_refused_by_name(methods: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Defaults.of({"methods": methods})

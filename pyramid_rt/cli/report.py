@@ -129,6 +129,10 @@ def print_info(console: Console, pyramid: Pyramid) -> None:
         ),
         "default": pyramid.default_method,
         "defaults set": ", ".join(f"{key} {value}" for key, value in pyramid.defaults.items()) or "none",
+        **{
+            f"of {method}": ", ".join(f"{key} {value}" for key, value in options.items())
+            for method, options in pyramid.method_defaults.items()
+        },
     }
     for name, value in lines.items():
         line = f"{name:<13} {value}"

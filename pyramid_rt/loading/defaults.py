@@ -10,7 +10,7 @@ from typing import Any
 from pyramid_rt.errors import InputError
 from pyramid_rt.json_files import kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.directory import PYRAMID_FILE, PyramidDirectory, path_from, typed_defaults
-from pyramid_rt.params import SamplingParams
+from pyramid_rt.params import BY_METHOD, Defaults
 
 NOTHING_TO_TUNE = "there is nothing to tune: the pyramid has one tier, and only ar can run"
 
@@ -38,7 +38,7 @@ def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
 
     Args:
         directory: a weights directory.
-        defaults: those to set.
+        defaults: those to set; under "methods" those of single methods, each as a whole.
 
     Returns: the path of the file.
 
@@ -53,7 +53,10 @@ def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
         content = read_object(file, constants=False)
     else:
         content = {name: path_from(opened.path, path) for name, path in opened.tiers.items()}
-    merged = {**content.get("defaults", {}), **typed_defaults(file, dict(defaults))}
+    before, given = content.get("defaults", {}), typed_defaults(file, dict(defaults))
+    merged = {**before, **given}
+    if BY_METHOD in given:
+        merged[BY_METHOD] = {**before.get(BY_METHOD, {}), **given[BY_METHOD]}
     if "qualifier_length" in defaults:
         merged.pop("inner_rounds", None)
     checked_defaults(file, merged)
@@ -61,9 +64,9 @@ def write_defaults(directory: str | Path, defaults: Mapping[str, Any]) -> Path:
     return file
 
 
-def checked_defaults(file: Path, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Options made of a file's defaults alone. Raises InputError, the file in its message."""
+def checked_defaults(file: Path, defaults: Mapping[str, Any]) -> Defaults:
+    """A file's defaults, checked. Raises InputError, the file in its message."""
     try:
-        return SamplingParams.build({}, defaults)
+        return Defaults.of(defaults)
     except InputError as error:
         raise InputError(f"{file}, 'defaults': {error}") from error

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pyramid_rt import checks
+from pyramid_rt.decoding.methods import METHODS
 from pyramid_rt.errors import InputError, WeightsError
 from pyramid_rt.json_files import check_directory, kind_of, read_object, resolved, write_object
 from pyramid_rt.loading.weights import CONFIG_FILE, read_config
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.llama import parameter_count
+from pyramid_rt.params import BY_METHOD
 from pyramid_rt.text.tokenizer import Tokenizer
 
 _log = logging.getLogger("pyramid_rt.loading")
@@ -238,8 +240,18 @@ def typed_defaults(path: Path, defaults: Any) -> dict[str, Any]:
     Raises:
         WeightsError: one is unknown or of another type; names the file.
     """
-    _check_keys(path, defaults, tuple(DEFAULT_TYPES), "'defaults'")
-    return {key: _typed_default(path, key, value) for key, value in defaults.items()}
+    _check_keys(path, defaults, (*DEFAULT_TYPES, BY_METHOD), "'defaults'")
+    typed = {key: _typed_default(path, key, value) for key, value in defaults.items() if key != BY_METHOD}
+    if BY_METHOD in defaults:
+        _check_keys(path, defaults[BY_METHOD], tuple(METHODS), f"{BY_METHOD!r}")
+        own = tuple(key for key in DEFAULT_TYPES if key != "method")
+        typed[BY_METHOD] = {}
+        for method, options in defaults[BY_METHOD].items():
+            _check_keys(path, options, own, f"{BY_METHOD!r}, {method!r}")
+            typed[BY_METHOD][method] = {
+                key: _typed_default(path, key, value) for key, value in options.items()
+            }
+    return typed
 
 
 def _typed_default(path: Path, key: str, value: Any) -> Any:

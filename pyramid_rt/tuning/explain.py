@@ -154,7 +154,7 @@ def _setting(pyramid: Pyramid, method: str | None) -> Setting:
         named = [name for name in DEPENDS_ON if name != BASELINE]
         raise InputError(f"method must be one of {', '.join(named)}, found {checks.shown(method)}")
     tiers_of(method, len(pyramid.tiers))
-    params = SamplingParams.build({}, pyramid.defaults)
+    params = SamplingParams.build({}, pyramid.defaults_of(method))
     return Setting(method, **{name: getattr(params, name) for name in DEPENDS_ON[method]})
 
 

@@ -375,7 +375,8 @@ class Session:
 
     def _current(self) -> Setting | None:
         """The setting of a call without options, where the search can say it and may choose it."""
-        method, defaults = self.pyramid.default_method, self.pyramid.defaults
+        method = self.pyramid.default_method
+        defaults = self.pyramid.defaults_of(method)
         if method == CHAIN or ("inner_rounds" in defaults and TIERS_NEEDED[method] > 2):
             return None
         params = SamplingParams.build({}, defaults)

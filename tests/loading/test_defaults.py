@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import pyramid_rt
 from pyramid_rt import InputError, WeightsError
 from pyramid_rt.loading.defaults import check_tunable, write_defaults
 from pyramid_rt.loading.directory import PyramidDirectory
@@ -136,3 +137,20 @@ def test_a_directory_that_cannot_be_written_is_refused(
     with pytest.raises(InputError, match="cannot be written to; --dry-run only prints"):
         check_tunable(tiny_dir, writing=True)
     check_tunable(tiny_dir, writing=False)
+
+
+def test_defaults_of_methods_are_kept_beside_those_of_others(tiny_dir: Path, tmp_path: Path) -> None:
+    tiers = {name: str(tiny_dir / name) for name in ("draft", "qualifier", "target")}
+    before = {"draft_length": 2, "methods": {"fsd": {"draft_length": 6}, "psd_f": {"qualifier_length": 9}}}
+    file = tmp_path / "pyramid.json"
+    file.write_text(json.dumps({**tiers, "defaults": before}))
+    write_defaults(tmp_path, {"method": "sd", "methods": {"psd_f": {"draft_length": 7}}})
+    assert json.loads(file.read_text())["defaults"] == {
+        "draft_length": 2,
+        "method": "sd",
+        "methods": {"fsd": {"draft_length": 6}, "psd_f": {"draft_length": 7}},
+    }
+    with pyramid_rt.load(tmp_path, device="cpu") as rt:
+        assert rt.method_defaults == {"fsd": {"draft_length": 6}, "psd_f": {"draft_length": 7}}
+    with pytest.raises(WeightsError, match=r"'methods', 'sd' has unknown keys 'tempo'"):
+        write_defaults(tmp_path, {"methods": {"sd": {"tempo": 1}}})

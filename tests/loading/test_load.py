@@ -184,6 +184,12 @@ def test_defaults_that_cannot_run_are_refused_by_their_file(copy: Path) -> None:
         {"inner_rounds": 10**6},
         {"temperature": 1e39},
         {"top_k": 2**64},
+        {"methods": []},
+        {"methods": {"sdd": {}}},
+        {"methods": {"sd": {"draft_length": "4"}}},
+        {"methods": {"sd": {"draft_length": 0}}},
+        {"methods": {"sd": {"method": "ar"}}},
+        {"methods": {"sd": {"methods": {}}}},
     ]
     for defaults in wrong:
         (copy / "pyramid.json").write_text(json.dumps({**tiers, "defaults": defaults}))
