@@ -6,9 +6,10 @@ import torch
 
 from pyramid_rt.errors import InputError
 from pyramid_rt.models.backends.base import Backend
+from pyramid_rt.models.backends.cpu import CpuBackend, keeps_rows
 from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.matrix import worth_packing
+from pyramid_rt.models.matrix import can_pack
 
 BACKENDS = ("torch", "triton")
 
@@ -89,7 +90,7 @@ def make_backend(
         from pyramid_rt.models.backends.triton import TritonBackend
 
         return TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
-    return TorchBackend()
+    return CpuBackend() if keeps_rows(device, dtype) else TorchBackend()
 
 
 def workspace_bytes(
@@ -102,7 +103,7 @@ def workspace_bytes(
     check_backend(name, device)
     if name == "torch":
         rows, columns = config.vocab_size, config.hidden_size
-        copied = config.tie_word_embeddings and worth_packing(rows, columns, device, dtype)
+        copied = config.tie_word_embeddings and can_pack(device, dtype)
         return rows * columns * dtype.itemsize if copied else 0
     from pyramid_rt.models.backends.triton import buffer_bytes
 
