@@ -12,8 +12,9 @@ thread border inside a row of silu, whose last elements torch computes by other 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from pyramid_rt.models.trees import Tree
 # new shape takes a millisecond.
 KEYS = 256
 
-# Window rows of one attention product: the scores of more do not stay in a core's own cache.
+# Window rows of one attention product: at most so many, and fewer over long contexts, whose scores would be written to
+# memory that is new each time.
 TILE = 32
+TILE_KEYS = 2**17
 
 # Elements of an op that torch computes on one thread, whatever the number of threads.
 ONE_THREAD_ELEMENTS = 2**15 - 1
@@ -55,9 +58,26 @@ class CpuWindow(Window):
     count: int
 
 
+class Scratch:
+    """Memory that is kept from call to call: what is taken anew for every layer, the system clears page by page."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0), torch.empty(0)]
+
+    def take(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Float32 of this shape, holding anything, valid until the next call with this index (0 or 1)."""
+        count = prod(shape)
+        if self._buffers[index].shape[0] < count:
+            with torch.inference_mode(False):
+                self._buffers[index] = torch.empty(count)
+        return self._buffers[index][:count].view(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class CpuBackend(TorchBackend):
-    """oneDNN's products and torch's ops on rows; float32 or bfloat16."""
+    """oneDNN's products and torch's ops on rows; float32 or bfloat16. One pass at a time."""
+
+    scratch: Scratch = field(default_factory=Scratch, compare=False)
 
     def window(
         self,
@@ -110,16 +130,13 @@ class CpuBackend(TorchBackend):
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`; the result has two rows at least."""
-        rows, kv_heads = q.shape[0], k_cache.shape[0]
-        if rows == 1:
-            # A group's heads are rows of one product; without a group there is one, and one is never alone.
-            alone = q.shape[1] == kv_heads
-            attended = attend(q.expand(2, -1, -1) if alone else q, k_cache, v_cache, window.mask)
-            return attended if alone else attended.expand(2, -1).contiguous()
-        if rows <= TILE:
-            return attend(q, k_cache, v_cache, window.mask)
-        tiles = zip(q.split(TILE), window.mask.split(TILE), strict=True)
-        return torch.cat([attend(part, k_cache, v_cache, mask) for part, mask in tiles])
+        rows = q.shape[0]
+        most = max(min(TILE, TILE_KEYS // window.mask.shape[-1]), 1)
+        if rows <= most:
+            attended = attend(q, k_cache, v_cache, window.mask, self.scratch)
+            return attended.expand(2, -1).contiguous() if rows == 1 else attended
+        tiles = zip(q.split(most), window.mask.split(most), strict=True)
+        return torch.cat([attend(part, k_cache, v_cache, mask, self.scratch) for part, mask in tiles])
 
     def gate_up(
         self, x: Tensor, norm: Tensor, eps: float, weight: Matrix, bias: Tensor | None, window: Window
@@ -138,43 +155,43 @@ def _two_at_least(index: Tensor) -> Tensor:
     return index.expand(2) if index.shape[0] == 1 else index
 
 
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor) -> Tensor:
+def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: Scratch) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v over the first rows of a cache, query heads sharing K and V.
 
     The G query heads of one key head become rows of one product. Scores are rounded to dtype, as transformers' eager
     attention does; softmax is float32. A masked row must hold finite numbers.
 
     Args:
-        q: [T, H, D] dtype, T H / KV of at least 2.
+        q: [T, H, D] dtype.
         k_cache, v_cache: [KV, S, D] dtype.
-        mask: [T or 1, 1, bound] float32, 0 or -inf, bound <= S.
+        mask: [T, 1, bound] float32, 0 or -inf, bound <= S.
 
     Returns:
         [T, H * D] dtype.
     """
     length, heads, head_dim = q.shape
     kv_heads, bound = k_cache.shape[0], mask.shape[-1]
+    if length * heads == kv_heads:  # a row alone of each product
+        return attend(q.expand(2, -1, -1), k_cache, v_cache, mask.expand(2, -1, -1), scratch)[:1]
     grouped = q.reshape(length, kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, head_dim)
     keys, values = k_cache.narrow(1, 0, bound), v_cache.narrow(1, 0, bound)
-    scores = _scores(grouped, keys).view(kv_heads, length, -1, bound)
-    weights = torch.softmax(torch.add(mask, scores, alpha=head_dim**-0.5), -1)
-    out = _weighted(weights.to(q.dtype).view(kv_heads, -1, bound), values)
+    scores = scratch.take(0, (kv_heads, length, heads // kv_heads, bound))
+    _scores(grouped, keys, scores.view(kv_heads, -1, bound))
+    torch.add(mask, scores, alpha=head_dim**-0.5, out=scores)
+    weights = torch.softmax(scores, -1, out=scratch.take(1, scores.shape))
+    out = _weighted(weights.view(kv_heads, -1, bound).to(q.dtype), values)
     return out.view(kv_heads, length, -1).transpose(0, 1).reshape(length, heads * head_dim)
 
 
-def _scores(q: Tensor, keys: Tensor) -> Tensor:
-    """q k^T: [KV, R, D] and [KV, bound, D] dtype -> [KV, R, bound] float32, contiguous."""
-    kv_heads, rows, _ = q.shape
-    bound = keys.shape[1]
-    if (
-        q.dtype == torch.bfloat16
-        and rows <= BATCHED_ROWS
-        and bound <= BATCHED_KEYS
-        and batched_scores_agree()
-    ):
-        return _batched_scores(q, keys).contiguous().float()
-    scores = [onednn_product(head, of) for head, of in zip(q.unbind(0), keys.unbind(0), strict=True)]
-    return torch.cat(scores).view(kv_heads, rows, bound).float()
+def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
+    """q k^T: [KV, R, D] and [KV, bound, D] dtype -> out [KV, R, bound] float32."""
+    rows, bound = q.shape[1], keys.shape[1]
+    few = rows <= BATCHED_ROWS and bound <= BATCHED_KEYS
+    if q.dtype == torch.bfloat16 and few and batched_scores_agree():
+        out.copy_(_batched_scores(q, keys))
+        return
+    for head, of, place in zip(q.unbind(0), keys.unbind(0), out.unbind(0), strict=True):
+        place.copy_(onednn_product(head, of))
 
 
 def _batched_scores(q: Tensor, keys: Tensor) -> Tensor:
