@@ -37,9 +37,9 @@ TILE_KEYS = 2**17
 # Elements of an op that torch computes on one thread, whatever the number of threads.
 ONE_THREAD_ELEMENTS = 2**15 - 1
 
-# Query rows, and cache rows, up to which one batched product gives bfloat16 scores sooner than a product for each head.
-BATCHED_ROWS = 32
-BATCHED_KEYS = 1024
+# Query rows, and cache rows, up to which one batched product gives scores sooner than oneDNN's for each head.
+BATCHED_ROWS = {torch.bfloat16: 32, torch.float32: 96}
+BATCHED_KEYS = 4 * KEYS
 
 
 def keeps_rows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -185,9 +185,9 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: S
 
 def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
     """q k^T: [KV, R, D] and [KV, bound, D] dtype -> out [KV, R, bound] float32."""
-    rows, bound = q.shape[1], keys.shape[1]
-    few = rows <= BATCHED_ROWS and bound <= BATCHED_KEYS
-    if q.dtype == torch.bfloat16 and few and batched_scores_agree():
+    rows, bound, head_dim = q.shape[1], keys.shape[1], q.shape[2]
+    few = rows <= BATCHED_ROWS[q.dtype] and bound <= BATCHED_KEYS
+    if few and batched_scores_agree(q.dtype, head_dim, torch.get_num_threads()):
         out.copy_(_batched_scores(q, keys))
         return
     for head, of, place in zip(q.unbind(0), keys.unbind(0), out.unbind(0), strict=True):
@@ -195,22 +195,28 @@ def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
 
 
 def _batched_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """`_scores` in dtype by one product, keys on the left, which are then read as they lie."""
-    return torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+    """`_scores` in dtype by one product: [KV, R, D] and [KV, bound, D] -> [KV, R, bound]."""
+    if q.dtype == torch.bfloat16:  # oneDNN's too; keys on the left are read as they lie
+        return torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+    # BLAS's, which adds up fewer rows than four in another order.
+    wide = q if q.shape[1] >= 4 else torch.cat((q, q), 1)
+    return torch.bmm(wide, keys.transpose(1, 2))[:, : q.shape[1]]
 
 
 @cache
-def batched_scores_agree() -> bool:
-    """True where both products of `_scores` give the same bits in bfloat16, tried once."""
-    generator = torch.Generator().manual_seed(0)
+def batched_scores_agree(dtype: torch.dtype, head_dim: int, threads: int) -> bool:
+    """True where both products of `_scores` give the same bits for heads of this size, tried on the first use."""
+    generator, most = torch.Generator().manual_seed(0), BATCHED_ROWS[dtype]
     with torch.inference_mode():
-        for rows, head_dim in ((2, 64), (7, 80), (24, 128)):
-            q, keys = (
-                torch.randn((2, count, head_dim), generator=generator).bfloat16() for count in (rows, 512)
-            )
-            single = torch.stack([onednn_product(q[head], keys[head]) for head in range(2)])
-            if not torch.equal(_batched_scores(q, keys), single):
-                return False
+        q, keys = (
+            torch.randn((2, count, head_dim), generator=generator).to(dtype) for count in (most, BATCHED_KEYS)
+        )
+        for bound in range(KEYS, BATCHED_KEYS + 1, KEYS):
+            expected = torch.stack([onednn_product(q[head], keys[head, :bound]) for head in range(2)])
+            for rows in (2, 3, 4, 6, 7, 8, 12, 15, 18, 21, 24, 28, most):
+                part = slice(most - rows, most)
+                if not torch.equal(_batched_scores(q[:, part], keys[:, :bound]), expected[:, part]):
+                    return False
     return True
 
 
