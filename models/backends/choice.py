@@ -7,8 +7,8 @@ import torch
 from pyramid_rt.errors import InputError
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.backends.cpu import CpuBackend, keeps_rows
-from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.backends.row_check import keeps_bits
+from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.config import LlamaConfig
 from pyramid_rt.models.matrix import can_pack
 

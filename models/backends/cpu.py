@@ -4,8 +4,8 @@ Everything that adds up does so by oneDNN's products, each of which is a sum in 
 softmax and norms are torch's, row by row. So a token verified among others has the bits of one decoded alone, and a
 prompt may be processed in any pieces. `row_check` tries whether that holds on a machine.
 
-What it takes: two rows at least, for one row alone is multiplied in another order (a window of one token is carried as
-two equal rows); cache rows looked at in steps of `KEYS`, because oneDNN compiles a product for each shape; and no
+What it takes: two rows at least, for one row alone is multiplied in another order (a window of one token is carried
+as two equal rows); cache rows looked at in steps of `KEYS`, because oneDNN compiles a product for each shape; and no
 thread border inside a row of silu, whose last elements torch computes by other instructions than its first.
 """
 
@@ -29,8 +29,7 @@ from pyramid_rt.models.trees import Tree
 # new shape takes a millisecond.
 KEYS = 256
 
-# Window rows of one attention product: at most so many, and fewer over long contexts, whose scores would be written to
-# memory that is new each time.
+# Window rows of one attention product: at most so many, and fewer over long contexts, so that the scores stay small.
 TILE = 32
 TILE_KEYS = 2**17
 

@@ -1,4 +1,4 @@
-"""A trial of this machine: whether the `torch` backend gives a row the same bits at every width and place of a window.
+"""A trial of this machine: whether the `torch` backend gives a row the same bits at every width of a window.
 
 That it does is built on what oneDNN does with products of every shape tried so far. Other processors and versions may
 choose otherwise, so whoever says that outputs are equal bit for bit tries it first, in a tenth of a second.

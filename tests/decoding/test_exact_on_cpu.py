@@ -11,7 +11,7 @@ from helpers.equality import assert_equal_tensors
 from helpers.tiny import write_tiny_pyramid
 
 import pyramid_rt
-from pyramid_rt.decoding.torch_steps import _NoiseRows
+from pyramid_rt.decoding.rounds.torch_steps import _NoiseRows
 from pyramid_rt.kernels.reference import sampling
 from pyramid_rt.models.backends.cpu import keeps_rows
 
@@ -71,7 +71,7 @@ def test_lossless_methods_give_the_tokens_of_ar(
     directories: dict[str, Path], sizes: str, dtype: str, threads: int
 ) -> None:
     """Prompts of one token up to several steps of the bound, each with lengths of its own."""
-    drafts: list[dict[str, int]] = [
+    drafts: list[dict[str, Any]] = [
         {"draft_length": 1, "qualifier_length": 3},
         {"draft_length": 5, "qualifier_length": 9},
         {"draft_length": 2, "qualifier_length": 4},
@@ -118,7 +118,9 @@ def test_a_reused_prefix_has_the_bits_of_a_fresh_one(directories: dict[str, Path
 def test_a_position_has_one_row_of_noise(vocab_size: int) -> None:
     """Wherever a request began, and however many rows are taken at a time."""
     seed = torch.tensor([11, 7])
-    expected = torch.cat([sampling.own_noise(seed, torch.arange(at, at + 16), vocab_size) for at in range(0, 320, 16)])
+    expected = torch.cat(
+        [sampling.own_noise(seed, torch.arange(at, at + 16), vocab_size) for at in range(0, 320, 16)]
+    )
     for first, counts in ((0, [1] * 300), (5, [3, 1, 70, 2, 9, 33] * 2), (150, [64, 64])):
         rows, at = _NoiseRows(), first
         for count in counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def test_norms_are_computed_row_by_row(size: int, dtype: torch.dtype) -> None:
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch, directories: dict[str, Path]) -> None:
     model, _ = load(directories["gqa1"], torch.float16)
     assert type(model.backend) is TorchBackend
-    monkeypatch.setattr(cpu.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert type(make_backend("torch", model.config, CPU, dtype=torch.float32, max_seq=8)) is TorchBackend
 
 

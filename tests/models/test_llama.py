@@ -24,6 +24,7 @@ from helpers.llamas import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_rt.models import llama
+from pyramid_rt.models.backends.cpu import KEYS
 from pyramid_rt.models.llama import (
     SLACK_ROWS,
     KVCache,
@@ -32,7 +33,6 @@ from pyramid_rt.models.llama import (
     parameter_count,
     weight_bytes,
 )
-from pyramid_rt.models.backends.cpu import KEYS
 from pyramid_rt.models.matrix import Packed
 
 CPU = torch.device("cpu")
