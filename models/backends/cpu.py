@@ -184,9 +184,10 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: S
 
 def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
     """q k^T: [KV, R, D] and [KV, bound, D] dtype -> out [KV, R, bound] float32."""
-    rows, bound, head_dim = q.shape[1], keys.shape[1], q.shape[2]
-    few = rows <= BATCHED_ROWS[q.dtype] and bound <= BATCHED_KEYS
-    if few and batched_scores_agree(q.dtype, head_dim, torch.get_num_threads()):
+    kv_heads, rows, head_dim = q.shape
+    # BLAS may cut a product between threads where it has one only, and then there is nothing to gain.
+    few = kv_heads > 1 and rows <= BATCHED_ROWS[q.dtype] and keys.shape[1] <= BATCHED_KEYS
+    if few and batched_scores_agree(q.dtype, kv_heads, head_dim, torch.get_num_threads()):
         out.copy_(_batched_scores(q, keys))
         return
     for head, of, place in zip(q.unbind(0), keys.unbind(0), out.unbind(0), strict=True):
@@ -203,15 +204,16 @@ def _batched_scores(q: Tensor, keys: Tensor) -> Tensor:
 
 
 @cache
-def batched_scores_agree(dtype: torch.dtype, head_dim: int, threads: int) -> bool:
-    """True where both products of `_scores` give the same bits for heads of this size, tried on the first use."""
+def batched_scores_agree(dtype: torch.dtype, kv_heads: int, head_dim: int, threads: int) -> bool:
+    """True where both products of `_scores` give the same bits for such heads, tried on the first use."""
     generator, most = torch.Generator().manual_seed(0), BATCHED_ROWS[dtype]
     with torch.inference_mode():
         q, keys = (
-            torch.randn((2, count, head_dim), generator=generator).to(dtype) for count in (most, BATCHED_KEYS)
+            torch.randn((kv_heads, count, head_dim), generator=generator).to(dtype)
+            for count in (most, BATCHED_KEYS)
         )
         for bound in range(KEYS, BATCHED_KEYS + 1, KEYS):
-            expected = torch.stack([onednn_product(q[head], keys[head, :bound]) for head in range(2)])
+            expected = torch.stack([onednn_product(*pair) for pair in zip(q, keys[:, :bound], strict=True)])
             for rows in (2, 3, 4, 6, 7, 8, 12, 15, 18, 21, 24, 28, most):
                 part = slice(most - rows, most)
                 if not torch.equal(_batched_scores(q[:, part], keys[:, :bound]), expected[:, part]):

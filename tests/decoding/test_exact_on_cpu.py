@@ -70,18 +70,17 @@ def text(length: int, seed: int) -> list[int]:
 def test_lossless_methods_give_the_tokens_of_ar(
     directories: dict[str, Path], sizes: str, dtype: str, threads: int
 ) -> None:
-    """Prompts of one token up to several steps of the bound, each with lengths of its own."""
+    """A prompt of one token, and one whose text crosses a step of the bound; each with lengths of its own."""
     drafts: list[dict[str, Any]] = [
         {"draft_length": 1, "qualifier_length": 3},
         {"draft_length": 5, "qualifier_length": 9},
-        {"draft_length": 2, "qualifier_length": 4},
     ]
     differing = []
     with pyramid_rt.load(directories[sizes], device="cpu", dtype=dtype, threads=threads) as rt:
-        for seed, (length, lengths) in enumerate(zip((1, 243, 530), drafts, strict=True)):
+        for seed, (length, lengths) in enumerate(zip((1, 243), drafts, strict=True)):
             for sampling_options in ({"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9}):
                 options: dict[str, Any] = {
-                    "max_new_tokens": 30,
+                    "max_new_tokens": 24,
                     "ignore_eos": True,
                     "seed": seed,
                     **sampling_options,
