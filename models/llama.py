@@ -14,7 +14,7 @@ from pyramid_rt.kernels.limits import WINDOW
 from pyramid_rt.kernels.reference.forward import compact, rotary_table
 from pyramid_rt.models.backends.base import Backend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.matrix import Dense, Matrix, Packed, worth_packing
+from pyramid_rt.models.matrix import Dense, Matrix, Packed, can_pack
 from pyramid_rt.models.trees import Tree
 
 # Cache rows past the context, for a round that runs over its end.
@@ -154,16 +154,14 @@ def with_matrices(model: Llama, convert: Callable[[Matrix], Matrix]) -> Llama:
 
 
 def with_packed_matrices(model: Llama) -> Llama:
-    """The same model with the matrices packed that are `worth_packing`; takes their storage from `model`.
+    """The same model with the matrices packed where that can be; takes their storage from `model`.
 
     Each is freed as soon as its copy is there, so that they are never held twice, but for an embedding that is the
     head too: rows of a packed matrix cannot be looked up.
     """
 
     def packed(matrix: Matrix) -> Matrix:
-        if not isinstance(matrix, Dense) or not worth_packing(
-            matrix.rows, matrix.columns, matrix.device, matrix.tensor.dtype
-        ):
+        if not isinstance(matrix, Dense) or not can_pack(matrix.device, matrix.tensor.dtype):
             return matrix
         copy = Packed.of(matrix.tensor)
         if matrix.tensor is not model.embedding:

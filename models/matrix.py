@@ -7,15 +7,12 @@ about how W is held.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-# A matrix of this many bytes or more is packed where that can be; a product with a smaller one takes less time than
-# the longer call. The figure is fixed, not measured at load, so that two runs, or two machines, take the same path.
-PACKED_BYTES = 2**19
 
 # The layout of a packed matrix is chosen for windows of this many rows, and serves all others.
 PACKED_FOR_ROWS = 8
@@ -90,10 +87,11 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """float32 in oneDNN's own order of entries, on a CPU.
+    """float32 or bfloat16 in oneDNN's own order of entries, on a CPU.
 
-    Products with narrow windows stream it at nearly full speed, whatever their width, and add up in one order at
-    (nearly) every width; the dense form does neither.
+    Products with narrow windows stream it at nearly full speed, whatever their width, and a row of the result has the
+    same bits at every width and place: each is a sum in one order. The dense form does neither. One row alone is the
+    exception, which takes another order where there are many columns; so it never goes alone.
 
     Attributes:
         tensor: opaque; only oneDNN's product reads it.
@@ -106,7 +104,7 @@ class Packed:
 
     @classmethod
     def of(cls, weight: Tensor) -> Packed:
-        """A packed copy of [rows, columns] float32 on a CPU. See `can_pack`."""
+        """A packed copy of [rows, columns] on a CPU. See `can_pack`."""
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         return cls(packed, weight.shape[0], weight.shape[1])
 
@@ -123,17 +121,37 @@ class Packed:
         raise TypeError("no kernel reads a oneDNN-packed matrix; it is for the torch backend on a CPU")
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.tensor, bias, "none", [], "")
-        return out
+        if x.shape[0] == 1:
+            return onednn_product(x.expand(2, -1).contiguous(), self.tensor, bias)[:1]
+        return onednn_product(x, self.tensor, bias)
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN's inner product, which adds up in one order at every number of rows from 2 on.
+
+    x [T, K] contiguous; weight [N, K] packed, or dense, or the transpose of a dense [K, N]: other strides run a
+    hundred times slower; bias [N] or None -> [T, N].
+    """
+    out: Tensor = _product()(x, weight, bias, "none", [], "")
+    return out
+
+
+@cache
+def _product() -> Any:
+    # The overload by itself: picking it anew takes a microsecond a call.
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where there is `Packed` for matrices of this kind: float32 on a CPU, where torch was built with oneDNN."""
-    # torch's compiler calls these two; they are not part of its public interface.
-    there = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return device.type == "cpu" and dtype == torch.float32 and there and torch.backends.mkldnn.is_available()
+    """True where there is `Packed` for matrices of this kind, and then the `torch` backend packs all of them.
 
-
-def worth_packing(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """True where the `torch` backend computes with a packed copy of such a matrix."""
-    return rows * columns * dtype.itemsize >= PACKED_BYTES and can_pack(device, dtype)
+    float32 on a CPU, where torch was built with oneDNN; bfloat16 where the processor besides has AVX-512.
+    """
+    # torch's compiler calls these; they are not part of its public interface.
+    ops = torch.ops.mkldnn
+    there = all(hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    if device.type != "cpu" or not there or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return hasattr(ops, "_is_mkldnn_bf16_supported") and bool(ops._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

@@ -29,6 +29,7 @@ from pyramid_rt import (
 from pyramid_rt.loading import memory
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.llama import Llama
+from pyramid_rt.models.matrix import Matrix
 
 # A pyramid of `ModelTier`s with a tokenizer and a plan: these tests look behind the protocol `Tier`.
 Loaded = Any
@@ -257,16 +258,15 @@ def test_the_memory_plan_is_what_is_taken(tiny: Loaded) -> None:
         tier = next(tier for tier in tiny.tiers if tier.name == name)
         rows = (*tier.cache.k, *tier.cache.v, tier.model.rotary)
         assert cache == sum(t.numel() * t.element_size() for t in rows)
-        assert weights == sum(t.numel() * t.element_size() for t in _parameters(tier.model))
+        assert weights == sum(part.nbytes for part in _parameters(tier.model))
     tiny.generate(PROMPT, max_new_tokens=1)
     state = next(reversed(tiny._kept.values())).state
     assert tiny.memory_plan.round_buffers == state.nbytes()
 
 
-def _parameters(model: Llama) -> list[torch.Tensor]:
+def _parameters(model: Llama) -> list[torch.Tensor | Matrix]:
     layers = [value for layer in model.layers for value in (getattr(layer, name) for name in layer.__slots__)]
-    held = [part for part in (model.embedding, model.norm, model.head, *layers) if part is not None]
-    return [part if isinstance(part, torch.Tensor) else part.operand for part in held]
+    return [part for part in (model.embedding, model.norm, model.head, *layers) if part is not None]
 
 
 def test_non_finite_weights_are_named_and_the_pyramid_survives(tiny: Loaded) -> None:

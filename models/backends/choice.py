@@ -6,9 +6,11 @@ import torch
 
 from pyramid_rt.errors import InputError
 from pyramid_rt.models.backends.base import Backend
+from pyramid_rt.models.backends.cpu import CpuBackend, keeps_rows
+from pyramid_rt.models.backends.row_check import keeps_bits
 from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.config import LlamaConfig
-from pyramid_rt.models.matrix import worth_packing
+from pyramid_rt.models.matrix import can_pack
 
 BACKENDS = ("torch", "triton")
 
@@ -46,19 +48,23 @@ def check_backend(name: str, device: torch.device) -> None:
             )
 
 
-def exactness(name: str, dtype: torch.dtype) -> str:
+def exactness(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """A lossless method's output beside plain decoding's, in a sentence for people.
 
-    Kernels add in one order whatever a window's width. torch's libraries do not: in the wider window of a verify two
-    scores can be rounded to the other order, and the coarser the type, the further apart they may lie.
+    Kernels add in one order whatever a window's width, and so does the `torch` backend on a CPU with oneDNN, which is
+    tried here. torch's libraries elsewhere do not: in the wider window of a verify two scores can be rounded to the
+    other order, and the coarser the type, the further apart they may lie.
     """
     if name == "triton":
         return "lossless methods give the tokens of ar, bit for bit"
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cpu" and keeps_bits(dtype):
+        return f"lossless methods give the tokens of ar, bit for bit in {kind}, as a trial on this processor shows"
     if dtype == torch.float32:
         return "lossless methods give the tokens of ar, but where the target's two best scores lie within about 1e-4"
     return (
-        f"in {str(dtype).removeprefix('torch.')} the torch backend rounds by the width of a window: lossless methods "
-        "can differ from ar at near ties, in about one of six short texts; float32 does not, but within about 1e-4"
+        f"in {kind} the torch backend rounds by the width of a window here: lossless methods can differ from ar at "
+        "near ties, in about one of six short texts; float32 does not, but within about 1e-4"
     )
 
 
@@ -89,7 +95,7 @@ def make_backend(
         from pyramid_rt.models.backends.triton import TritonBackend
 
         return TritonBackend.allocate(config, max_seq=max_seq, dtype=dtype, device=device)
-    return TorchBackend()
+    return CpuBackend() if keeps_rows(device, dtype) else TorchBackend()
 
 
 def workspace_bytes(
@@ -102,7 +108,7 @@ def workspace_bytes(
     check_backend(name, device)
     if name == "torch":
         rows, columns = config.vocab_size, config.hidden_size
-        copied = config.tie_word_embeddings and worth_packing(rows, columns, device, dtype)
+        copied = config.tie_word_embeddings and can_pack(device, dtype)
         return rows * columns * dtype.itemsize if copied else 0
     from pyramid_rt.models.backends.triton import buffer_bytes
 

@@ -117,12 +117,13 @@ def print_info(console: Console, pyramid: Pyramid) -> None:
         counts = (parameter_count(config), config.num_layers, config.hidden_size)
         table.add_row(name, *(f"{count:,}" for count in counts), heads, *(_mib(size) for size in sizes))
     console.print(table)
+    target = _models(pyramid)[-1]
+    with pyramid.place.work():  # on the threads that it will run on
+        exact = exactness(target.model.backend.name, target.model.rotary.dtype, target.device)
     lines = {
         "memory": f"{_mib(pyramid.memory_plan.total)} MiB",
         "runs on": machine(pyramid),
-        "exactness": exactness(
-            _models(pyramid)[-1].model.backend.name, _models(pyramid)[-1].model.rotary.dtype
-        ),
+        "exactness": exact,
         "context": f"{pyramid.max_seq} tokens",
         "methods": ", ".join(
             f"{method} (lossless)" if method in LOSSLESS_METHODS else method for method in pyramid.methods

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -26,25 +27,29 @@ def write_byte_tokenizer(directory: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def write_tiny_pyramid(directory: Path) -> Path:
-    """Three random Llamas of one family: the lower tiers are the target's first layers, so they often agree."""
+def write_tiny_pyramid(directory: Path, **changes: Any) -> Path:
+    """Three random Llamas of one family: the lower tiers are the target's first layers, so they often agree.
+
+    `changes` are entries of their config.json.
+    """
     torch.manual_seed(11)
     for name in LAYERS:
         (directory / name).mkdir(parents=True)
         vocab_size = write_byte_tokenizer(directory / name)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS["target"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=vocab_size - 1,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
+    entries: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS["target"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": vocab_size - 1,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.12,
+    }
+    config = LlamaConfig(**{**entries, **changes})
     target = LlamaForCausalLM(config)
     for layer in target.model.layers[LAYERS["draft"] :]:
         # Later layers only correct what the first ones say.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pyramid_rt.errors import InputError, UnsupportedModelError, WeightsError
 from pyramid_rt.loading.weights import load_llama, read_config
-from pyramid_rt.models import matrix
+from pyramid_rt.models import llama
 from pyramid_rt.models.backends.choice import workspace_bytes
 from pyramid_rt.models.llama import KVCache, Llama, forward, weight_bytes
-from pyramid_rt.models.matrix import Dense, Packed
+from pyramid_rt.models.matrix import Dense, Packed, can_pack
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,14 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_packed_matrices_hold_the_stored_tensors(source: Path) -> None:
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices as they were read, not in oneDNN's order."""
+    monkeypatch.setattr(llama, "can_pack", lambda device, dtype: False)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_joint_matrices_hold_the_stored_tensors(source: Path) -> None:
     model, stored = load(source), load_file(source / "model.safetensors")
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
@@ -105,6 +112,7 @@ def test_eos_ids_of_config_and_generation_config(source: Path) -> None:
     assert read_config(source).eos_token_ids == (3, 4, 5)
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_types_are_converted(source: Path, copy: Path, dtype: torch.dtype, stored: torch.dtype) -> None:
@@ -160,6 +168,7 @@ def test_harmless_buffers_are_ignored(copy: Path, source: Path) -> None:
     assert_equal_tensors(logits(load(copy)), logits(load(source)))
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_tied_head_may_be_stored_but_must_be_the_embedding(copy: Path) -> None:
     edit_config(copy, tie_word_embeddings=True)
     with pytest.raises(WeightsError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
@@ -292,12 +301,11 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused(
         load(source, backend="triton")
 
 
-def test_large_float32_matrices_on_a_cpu_are_packed_and_not_held_twice(
-    source: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_on_a_cpu_are_packed_and_not_held_twice(
+    source: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, able = load(source), torch.backends.mkldnn.is_available()
-    matrices = ("qkv", "out", "gate_up", "down")
-    assert not any(isinstance(getattr(layer, name), Packed) for layer in plain.layers for name in matrices)
+    able = can_pack(CPU, dtype)
     taken: list[Tensor] = []
     real = Packed.of
 
@@ -306,18 +314,16 @@ def test_large_float32_matrices_on_a_cpu_are_packed_and_not_held_twice(
         return real(weight)
 
     monkeypatch.setattr(Packed, "of", pack)
-    monkeypatch.setattr(matrix, "PACKED_BYTES", plain.layers[0].gate_up.nbytes)
-    model = load(source)
-    for layer in model.layers:
-        large = {name for name in matrices if isinstance(getattr(layer, name), Packed)}
-        assert large == ({"gate_up"} if able else set())
-    assert len(taken) == (len(model.layers) if able else 0)
+    model = load(source, dtype=dtype)
+    kinds = {
+        type(getattr(layer, name)) for layer in model.layers for name in ("qkv", "out", "gate_up", "down")
+    }
+    assert kinds | {type(model.head)} == {Packed if able else Dense}
+    assert len(taken) == (4 * len(model.layers) + 1 if able else 0)
     assert [weight for weight in taken if weight.untyped_storage().nbytes() != 0] == []
-    assert isinstance(load(source, dtype=torch.bfloat16).layers[0].gate_up, Dense)
 
 
-def test_a_packed_copy_of_a_tied_embedding_is_planned(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "PACKED_BYTES", 0)
+def test_a_packed_copy_of_a_tied_embedding_is_planned(copy: Path) -> None:
     untied = read_config(copy)
     edit_config(copy, tie_word_embeddings=True)
     edit_tensors(copy, **{"lm_head.weight": None})
@@ -328,4 +334,4 @@ def test_a_packed_copy_of_a_tied_embedding_is_planned(copy: Path, monkeypatch: p
     size = workspace_bytes("torch", tied, 8, torch.float32, CPU)
     assert size == (model.embedding.nbytes if copied else 0)
     assert workspace_bytes("torch", untied, 8, torch.float32, CPU) == 0
-    assert workspace_bytes("torch", tied, 8, torch.bfloat16, CPU) == 0
+    assert workspace_bytes("torch", tied, 8, torch.float16, CPU) == 0

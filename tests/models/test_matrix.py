@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.equality import assert_everywhere
+from helpers.equality import assert_equal_tensors, assert_everywhere
 from helpers.llamas import load, run_windows, save_models, tokens_for
 from torch import Tensor
 
+from pyramid_rt.decoding.place.threads import intra_op_threads
+from pyramid_rt.models import llama
 from pyramid_rt.models.llama import KVCache, with_matrices
 from pyramid_rt.models.matrix import Dense, Matrix, Packed, can_pack
 
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 Kind = Callable[[Tensor], Matrix]
 KINDS: list[tuple[Kind, torch.dtype]] = [
     *((Dense, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    (Packed.of, torch.float32),
+    *((Packed.of, dtype) for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 
@@ -69,10 +71,31 @@ def test_no_kernel_reads_a_packed_matrix() -> None:
     assert Dense(weight).operand is weight
 
 
-def test_only_float32_on_a_cpu_is_packed() -> None:
-    assert can_pack(CPU, torch.float32) == torch.backends.mkldnn.is_available()
-    assert not can_pack(CPU, torch.bfloat16)
+def test_what_is_packed() -> None:
+    able = torch.backends.mkldnn.is_available()
+    assert can_pack(CPU, torch.float32) == able
+    assert can_pack(CPU, torch.bfloat16) == (able and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert not can_pack(CPU, torch.float16)
     assert not can_pack(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(53, 97), (72, 576), (576, 1536), (33, 4001), (1, 2048)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_of_a_packed_product_has_one_result(
+    dtype: torch.dtype, rows: int, columns: int, threads: int
+) -> None:
+    """At every number of rows and every place; among so many there are always two that are given as one."""
+    if not can_pack(CPU, dtype):
+        pytest.skip("torch or this processor cannot pack this type")
+    x, bias = normal(72, columns, dtype=dtype), normal(rows, dtype=dtype, seed=2)
+    matrix = Packed.of(normal(rows, columns, dtype=dtype, seed=1))
+    with intra_op_threads(threads):
+        expected = matrix.multiply(x, bias)
+        for width in (*range(1, 18), 31, 48, 64):
+            for begin in (0, 1, 5, 72 - width):
+                part = matrix.multiply(x[begin : begin + width], bias)
+                assert_equal_tensors(part, expected[begin : begin + width])
 
 
 @dataclass(frozen=True)
@@ -116,7 +139,10 @@ class Rounded:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_kind_of_matrix_decodes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_another_kind_of_matrix_decodes(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "can_pack", lambda device, dtype: False)  # whose entries nobody else can read
     model, cache = load(save_models(tmp_path)["gqa3"], dtype)
     uses: Counter[tuple[int, int]] = Counter()
     other = with_matrices(model, lambda matrix: Rounded.of(matrix, uses))

@@ -362,7 +362,9 @@ class TorchSteps:
 class _NoiseRows:
     """Own-token noise drawn once per position, in blocks: for host control, where the host knows positions.
 
-    The rows are those of `ops.own_noise`, bit for bit; drawing a block costs little more than a single row.
+    A block begins at a multiple of its length, so that a position's row is always computed at one place of one shape:
+    torch's vectors and the borders between its threads then fall alike, and the row's bits follow from the position
+    alone. Drawing a block costs little more than a single row.
     """
 
     BLOCK = 16
@@ -375,22 +377,20 @@ class _NoiseRows:
         """Noise [R, V] for R positions from `first` on."""
         count, vocab_size = shape
         if self._rows is None or first < self._first:
-            self._rows, self._first = seed.new_empty((0, vocab_size), dtype=torch.float32), first
+            self._rows = seed.new_empty((0, vocab_size), dtype=torch.float32)
+            self._first = first // self.BLOCK * self.BLOCK
         self._drop_before(first)
-        missing = first - self._first + count - self._rows.shape[0]
-        if missing > 0:
+        while first - self._first + count > self._rows.shape[0]:
             begin = self._first + self._rows.shape[0]
-            positions = torch.arange(
-                begin, begin + max(missing, self.BLOCK), dtype=torch.int64, device=seed.device
-            )
+            positions = torch.arange(begin, begin + self.BLOCK, dtype=torch.int64, device=seed.device)
             self._rows = torch.cat((self._rows, ops.own_noise(seed, positions, vocab_size)))
         offset = first - self._first
         return self._rows[offset : offset + count]
 
     def _drop_before(self, first: int) -> None:
-        """Forget what is further back than any rollback reaches."""
+        """Forget whole blocks that are further back than any rollback reaches."""
         assert self._rows is not None
-        spare = first - self._first - MAX_WINDOW
+        spare = (first - self._first - MAX_WINDOW) // self.BLOCK * self.BLOCK
         if spare > MAX_WINDOW:
             self._rows, self._first = self._rows[spare:], self._first + spare
 
