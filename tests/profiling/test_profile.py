@@ -18,6 +18,7 @@ from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.shapes import Shape
 from pyramid_rt.models.traffic import step_traffic
+from pyramid_rt.profiling.backend import RecordingBackend
 from pyramid_rt.profiling.profile import Profile
 from pyramid_rt.profiling.spans import Span
 
@@ -49,13 +50,15 @@ def backends(pyramid: Pyramid) -> list[type]:
 def test_a_profile_changes_no_token(tiny_dir: Path, method: str, temperature: float, control: str) -> None:
     options: dict[str, Any] = {"method": method, "temperature": temperature, "seed": 3, "max_new_tokens": 24}
     with pyramid_rt.load(tiny_dir, device="cpu", control=control) as pyramid:
+        before = backends(pyramid)
         expected = pyramid.generate("abcabcab", **options)
         profile = pyramid.profile("abcabcab", **options)
         assert profile.result.tokens == expected.tokens
         assert profile.result.text == expected.text
         assert profile.result.trace is not None
         assert [token.token for token in profile.result.trace] == expected.tokens
-        assert backends(pyramid) == [TorchBackend] * 3
+        assert backends(pyramid) == before
+        assert not {RecordingBackend} & set(before)
         assert pyramid.generate("abcabcab", **options).tokens == expected.tokens
 
 
@@ -77,17 +80,17 @@ def test_backends_are_put_back_after_a_failure(demo: Pyramid, monkeypatch: pytes
         raise RuntimeError("head")
 
     demo.generate(PROMPT, max_new_tokens=4, **PSD)
-    original = pyramid_rt.profiling.session.Session.over
+    original, kinds = pyramid_rt.profiling.session.Session.over, backends(demo)
 
     def over(self: Any, engine: Any, work: Any) -> Any:
-        monkeypatch.setattr(TorchBackend, "head", fail_in_the_second)
+        monkeypatch.setattr(kinds[-1], "head", fail_in_the_second)
         return original(self, engine, work)
 
     monkeypatch.setattr("pyramid_rt.profiling.session.Session.over", over)
     with pytest.raises(RuntimeError, match="head"):
         demo.profile(PROMPT, max_new_tokens=8, **PSD)
     assert calls
-    assert backends(demo) == [TorchBackend] * 3
+    assert backends(demo) == kinds
 
 
 def test_healing_is_profiled_too(demo: Pyramid) -> None:
