@@ -114,7 +114,6 @@ class Session:
             return (yield from work)
 
     def _written(self, engine: ProfiledEngine, work: Work) -> Work:
-        self._bandwidth = copy_bandwidth(self._place.device)
         with ExitStack() as stack:
             if not engine.by_kernels:
                 for tier in self._tiers:
@@ -122,7 +121,10 @@ class Session:
                         stack.enter_context(tier.computed_by(partial(self._recording_backend, tier.name)))
             stack.enter_context(self._recorder.span("call", "call"))
             self._began = True
-            return (yield from work)
+            result = yield from work
+        # Afterwards: before it, max_time would be spent on copies, and the call come to nothing.
+        self._bandwidth = copy_bandwidth(self._place.device)
+        return result
 
     def _recording_backend(self, name: str, backend: Backend) -> Backend:
         return RecordingBackend(backend, self._recorder, name)
