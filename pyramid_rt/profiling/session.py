@@ -12,7 +12,7 @@ import torch
 
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.graphs import Recorder as GraphRecorder
-from pyramid_rt.decoding.place import Place
+from pyramid_rt.decoding.place import Place, threads_in
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import InputError
@@ -160,7 +160,8 @@ class Session:
     def _machine(self) -> str:
         device = self._place.device
         kinds = {str(tier.cache.buffer.dtype) for tier in self._tiers if isinstance(tier, ModelTier)}
-        where = f"{platform.machine()} CPU"
+        threads = threads_in(self._place)
+        where = f"{platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
         parts = [where, *sorted(kind.removeprefix("torch.") for kind in kinds), f"torch {torch.__version__}"]
