@@ -13,9 +13,9 @@ Reason = Literal["match", "close", "accepted", "stands", "mismatch", "far", "rej
 How = Literal["proposed", "correction", "bonus", "plain", "first", "healed"]
 
 
-def _told_apart(first: float, second: float) -> tuple[str, str]:
-    """Two numbers in three digits, or in as many as show that they are not equal."""
-    for digits in range(3, 18):
+def told_apart(first: float, second: float, least: int = 3) -> tuple[str, str]:
+    """Two numbers in `least` digits, or in as many as show that they are not equal."""
+    for digits in range(least, 18):
         shown = f"{first:.{digits}g}", f"{second:.{digits}g}"
         if shown[0] != shown[1] or first == second:
             break
@@ -69,11 +69,11 @@ class JudgedToken:
             return f"{self.judged_by}: behind one that fell"
         if self.p is not None and self.q is not None and self.uniform is not None:
             sign = "<" if self.stood else ">="
-            drawn, needed = _told_apart(self.uniform * self.q, self.p)
+            drawn, needed = told_apart(self.uniform * self.q, self.p)
             return f"{self.judged_by}: u q {drawn} {sign} p {needed}"
         if self.reason in ("close", "far") and self.divergence is not None and self.threshold is not None:
             sign = "<=" if self.stood else ">"
-            found, limit = _told_apart(self.divergence, self.threshold)
+            found, limit = told_apart(self.divergence, self.threshold)
             return f"{self.judged_by}: divergence {found} {sign} {limit}"
         if self.reason in ("match", "mismatch"):
             beside = "" if self.divergence is None else f" (divergence {self.divergence:.3g})"

@@ -183,20 +183,25 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(commands: Any) -> None:
     parser = _command(commands, "generate", "complete a prompt, streaming the text")
+    _add_call(parser)
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="show which tier proposed each token, and what the rules said of it",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    """Flags of a call, as `generate` takes them: of loading, its options and the prompt."""
     _add_loading_flags(parser)
     for flag, kind, text in GENERATION_FLAGS:
         parser.add_argument(flag, type=kind, help=text)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     parser.add_argument("--heal", action="store_true", help="go on within the prompt's last word or blank")
-    parser.add_argument(
-        "--trace",
-        action="store_true",
-        help="show which tier proposed each token, and what the rules said of it",
-    )
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in a chat")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
 
 
@@ -269,12 +274,7 @@ def _add_bench(commands: Any) -> None:
 
 def _add_profile(commands: Any) -> None:
     parser = _command(commands, "profile", "show where the time of a call goes: round, tier, layer, op")
-    _add_loading_flags(parser)
-    for flag, kind, text in GENERATION_FLAGS:
-        parser.add_argument(flag, type=kind, help=text)
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in a chat")
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    _add_call(parser)
     parser.add_argument(
         "--out",
         type=_path,
@@ -283,7 +283,7 @@ def _add_profile(commands: Any) -> None:
     )
     parser.add_argument("--rounds", type=int, default=4, help="rounds in the picture (4)")
     parser.add_argument("--nvtx", action="store_true", help="on CUDA: name ranges for Nsight Systems too")
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
 def _names(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramid_rt import __version__
+from pyramid_rt.decoding.place import threads_in
 from pyramid_rt.decoding.place.threads import processor
 from pyramid_rt.tuning.compare import BASELINE
 from pyramid_rt.tuning.speeds import Speed, Spread
@@ -82,7 +83,7 @@ def environment(pyramid: Pyramid) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(pyramid.device) if cuda else "cpu",
         "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "threads": threads_in(pyramid.place),
         "dtype": _dtype(pyramid),
         "control": pyramid.control,
         "graphs": pyramid.graphs,

@@ -73,24 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_generate(arguments: argparse.Namespace) -> int:
-    if arguments.logprobs is not None and not arguments.json:
-        raise InputError("--logprobs needs --json: streamed text has no place for them")
-    prompt = _prompt(arguments)
-    given = _given(arguments, GENERATION_FLAGS)
-    if arguments.stop is not None:
-        given["stop"] = arguments.stop
-    if arguments.heal:
-        given["heal"] = True
+    prompt, given = _prompt(arguments), _call_options(arguments, "streamed text")
     if arguments.trace:
         given["trace"] = True
     with _loaded(arguments) as pyramid:
         if len(pyramid.tiers) > 1 and not {"method"} & (given.keys() | pyramid.defaults.keys()):
             _LOG.warning(_NEVER_TUNED, pyramid.default_method, arguments.weights)
         if arguments.json:
-            result = pyramid.generate(prompt, ignore_eos=arguments.ignore_eos, **given)
+            result = pyramid.generate(prompt, **given)
             print(json.dumps(result.to_dict()))
             return 0
-        with contextlib.closing(pyramid.stream(prompt, ignore_eos=arguments.ignore_eos, **given)) as stream:
+        with contextlib.closing(pyramid.stream(prompt, **given)) as stream:
             _show(stream)
             result = stream.result
         if result.trace is not None:
@@ -245,17 +238,21 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _run_profile(arguments: argparse.Namespace) -> int:
-    prompt, given = _prompt(arguments), _given(arguments, GENERATION_FLAGS)
+    prompt, given = _prompt(arguments), _call_options(arguments, "the table")
     if arguments.rounds < 1:
         raise InputError(f"--rounds must be at least 1, found {arguments.rounds}")
     if arguments.out is not None:
         profile_report.check_folder("--out", arguments.out)
     with _loaded(arguments) as pyramid, _stderr().status("profiling"):
-        profile = pyramid.profile(prompt, nvtx=arguments.nvtx, ignore_eos=arguments.ignore_eos, **given)
-    print(profile, end="")
+        profile = pyramid.profile(prompt, nvtx=arguments.nvtx, **given)
+    if arguments.json:
+        print(json.dumps(profile.to_dict()))
+    else:
+        print(profile, end="")
     if arguments.out is not None:
         for file in profile_report.write(profile, arguments.out, arguments.rounds):
-            print(f"wrote {file}")
+            if not arguments.json:
+                print(f"wrote {file}")
     return 0
 
 
@@ -313,6 +310,18 @@ def _given(
     """The options that were given, by name."""
     options = {option_name(flag): getattr(arguments, option_name(flag)) for flag, *_ in flags}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _call_options(arguments: argparse.Namespace, shown: str) -> dict[str, Any]:
+    """Options of a call, by name; `shown` is what is printed without --json."""
+    if arguments.logprobs is not None and not arguments.json:
+        raise InputError(f"--logprobs needs --json: {shown} has no place for them")
+    given = {**_given(arguments, GENERATION_FLAGS), "ignore_eos": arguments.ignore_eos}
+    if arguments.stop is not None:
+        given["stop"] = arguments.stop
+    if arguments.heal:
+        given["heal"] = True
+    return given
 
 
 def _prompt(arguments: argparse.Namespace) -> str | list[dict[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pyramid_rt.cli.report import counted
 from pyramid_rt.cli.tune_report import described, passes_table
 from pyramid_rt.tuning.explain import Compared, Explanation
 from pyramid_rt.tuning.limits import TARGET, WORTH, Change
@@ -148,7 +149,7 @@ def _extent(found: Explanation) -> str:
     temperature = found.common["temperature"]
     how = "Greedy" if temperature == 0 else f"At temperature {temperature:g}"
     return (
-        f"{how}, {found.prompts} prompt{'' if found.prompts == 1 else 's'} of up to {found.length} new tokens, "
+        f"{how}, {counted(found.prompts, 'prompt')} of up to {found.length} new tokens, "
         f"settings taking turns; median of {found.repeats}. Gains are over what is set now, one change at a time."
     )
 

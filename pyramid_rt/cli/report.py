@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS
+from pyramid_rt.decoding.place import threads_in
 from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.backends.choice import exactness
 from pyramid_rt.models.llama import parameter_count
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words, as "1 thread"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def summary(result: GenerationResult, max_seq: int) -> str:
     """Return one line on a result of a pyramid of `max_seq` positions: how much, how fast, why it ended."""
     stats = result.stats.to_dict()
     full = result.finish_reason == "length" and result.usage["total_tokens"] >= max_seq
     parts = [
-        f"{len(result.tokens)} tokens",
+        counted(len(result.tokens), "token"),
         f"{_number(stats['tokens_per_second'])} tokens/s",
         f"{_number(stats['tokens_per_target_forward'], 2)} per target pass",
         f"first after {_number(_thousandfold(stats['time_to_first_token']))} ms",
@@ -45,7 +51,7 @@ def machine(pyramid: Pyramid) -> str:
     if pyramid.device.type == "cuda":
         where = torch.cuda.get_device_name(pyramid.device)
     else:
-        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        where = f"{platform.machine()} CPU, {counted(threads_in(pyramid.place), 'thread')}"
     return f"{where} · {dtype} · torch {torch.__version__}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pyramid_rt.cli.report import counted
 from pyramid_rt.decoding.methods import TIERS_NEEDED
 from pyramid_rt.tuning.candidates import agreement, standing_share, thresholds
 from pyramid_rt.tuning.compare import BASELINE
@@ -51,13 +52,13 @@ def words(tuning: Tuning) -> list[str]:
     left = tuning.prompts_given - tuning.prompts - tuning.prompts_silent
     run = (
         f"The model priced {len(tuning.considered):,} settings; {len(tuning.rows)} were run, taking turns, "
-        f"{how}, on {_count(tuning.prompts, 'prompt')} of up to {tuning.length} new tokens; "
+        f"{how}, on {counted(tuning.prompts, 'prompt')} of up to {tuning.length} new tokens; "
         f"median of {tuning.repeats}."
     )
     if tuning.prompts_silent:
-        run += f" After {_count(tuning.prompts_silent, 'prompt')} the target ended its text at once."
+        run += f" After {counted(tuning.prompts_silent, 'prompt')} the target ended its text at once."
     if left:
-        run += f" {_count(left, 'prompt')} left out: the time was over."
+        run += f" {counted(left, 'prompt')} left out: the time was over."
     if tuning.length < tuning.options.max_new_tokens:
         run += f" The time was too short for {tuning.options.max_new_tokens} tokens."
     if tuning.repeats < tuning.options.repeats:
@@ -252,10 +253,6 @@ def _choice(tuning: Tuning) -> list[str]:
 
 def _fastest(rows: Sequence[Row]) -> Row | None:
     return max(rows, key=lambda row: row.ratio, default=None)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _table(first: str, gap: int = 2) -> Table:

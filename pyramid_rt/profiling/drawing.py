@@ -28,16 +28,12 @@ def draw(found: Sequence[RoundPicture], tiers: Sequence[str], machine: str, kind
     """Rounds as a file of `kind`, "svg" or "png".
 
     Args:
-        found: the rounds. tiers: names, small to large. machine: stands below the title.
+        found: the rounds, one or more. tiers: names, small to large. machine: stands below the title.
 
     Raises:
-        InputError: there is no round, or no matplotlib.
+        InputError: no matplotlib.
     """
     figure_kind = figure_class()
-    if not found:
-        raise InputError(
-            "the call had no such round to draw: it ended with the prompt's first token, or before"
-        )
     heights = [_height(each, len(tiers)) for each in found]
     total = 0.85 + sum(heights) + 0.55
     figure = figure_kind(figsize=(_WIDTH, total), facecolor="white")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pyramid_rt.profiling.spans import Span
 from pyramid_rt.result import GenerationTrace
-from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord
+from pyramid_rt.trace import JudgedToken, TokenTrace, VerifyRecord, told_apart
 
 Fate = Literal["stood", "fell", "behind", "correction", "bonus", "plain"]
 
@@ -163,9 +163,13 @@ def _reason(judged: JudgedToken) -> str:
     if judged.stood or judged.reason == "behind":
         return ""
     if judged.reason == "far" and judged.divergence is not None and judged.threshold is not None:
-        return f"divergence {judged.divergence:.2f} > {judged.threshold:g}"
+        found, limit = told_apart(judged.divergence, judged.threshold, 2)
+        return f"divergence {found} > {limit}"
     if judged.reason == "rejected" and judged.p is not None and judged.q is not None:
-        return f"p/q {judged.p / judged.q:.2f} <= u {judged.uniform or 0:.2f}" if judged.q else "q is 0"
+        if judged.ratio is None:
+            return "q is 0"
+        found, drawn = told_apart(judged.ratio, judged.uniform or 0.0, 2)
+        return f"p/q {found} <= u {drawn}"
     return "mismatch" if judged.reason == "mismatch" else judged.reason
 
 
@@ -173,7 +177,7 @@ _LONGEST = 11  # characters of a token in its cell
 
 
 def _shown(text: str, token: int) -> str:
-    """A token for people: blanks and line ends as signs."""
+    """A token for people: blanks and line ends at its ends as signs."""
     if not text:
         return f"[{token}]"
     marks = {"\n": "⏎", "\t": "⇥", " ": "␣"}
@@ -182,7 +186,8 @@ def _shown(text: str, token: int) -> str:
         shown = "".join(marks.get(char, char) for char in text)
         if len(shown) > 4:
             shown = f"{shown[0]}…{shown[-1]} {len(text)}"
-    elif text[0] in marks:
-        shown = marks[text[0]] + text[1:]
+    else:
+        shown = marks.get(text[0], text[0]) + text[1:]
+        shown = shown[:-1] + marks.get(shown[-1], shown[-1])
     shown = "".join(char if char.isprintable() else marks.get(char, "·") for char in shown)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"

@@ -60,6 +60,18 @@ class Profile:
         count, first = checks.whole("count", count, 1), checks.whole("first", first, 0)
         return picture.rounds(self.spans, self.tiers, self.result.trace, count, first)
 
+    def _drawn(self, count: int, first: int) -> list[RoundPicture]:
+        """The rounds of a picture; raises InputError where there is none."""
+        drawn = self.rounds(count, first)
+        if not drawn:
+            had = len([span for span in self.spans.children if span.kind == "round"])
+            raise InputError(
+                f"first={first} is beyond the call's last round: it had {had}, counted from 0"
+                if had
+                else "the call had no round to draw: it ended with the prompt's first token, or before"
+            )
+        return drawn
+
     def to_trace(self) -> dict[str, Any]:
         """The object of a trace file that Perfetto and Chrome open."""
         about = {
@@ -89,9 +101,10 @@ class Profile:
             rounds, first: which ones, for a picture.
 
         Raises:
-            InputError: another ending, a place that cannot be written, or for a picture no matplotlib.
+            InputError: another ending, a place that cannot be written; for a picture no such round, or no matplotlib.
         """
         file = checks.path("path", path)
+        rounds, first = checks.whole("rounds", rounds, 1), checks.whole("first", first, 0)
         kind = file.suffix.lower()
         if kind not in FORMATS:
             raise InputError(f"path is {file.name!r}, expected a name that ends in {', '.join(FORMATS)}")
@@ -99,7 +112,7 @@ class Profile:
             content = json.dumps(self.to_trace()).encode()
         else:
             content = drawing.draw(
-                self.rounds(rounds, first), self.tiers, self.machine, kind.removeprefix(".")
+                self._drawn(rounds, first), self.tiers, self.machine, kind.removeprefix(".")
             )
         try:
             with whole_file(file) as part:

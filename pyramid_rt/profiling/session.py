@@ -12,7 +12,7 @@ import torch
 
 from pyramid_rt.decoding.engine import Engine
 from pyramid_rt.decoding.graphs import Recorder as GraphRecorder
-from pyramid_rt.decoding.place import Place
+from pyramid_rt.decoding.place import Place, threads_in
 from pyramid_rt.decoding.state import RoundPlan
 from pyramid_rt.decoding.tiers import Tier
 from pyramid_rt.errors import InputError
@@ -114,7 +114,6 @@ class Session:
             return (yield from work)
 
     def _written(self, engine: ProfiledEngine, work: Work) -> Work:
-        self._bandwidth = copy_bandwidth(self._place.device)
         with ExitStack() as stack:
             if not engine.by_kernels:
                 for tier in self._tiers:
@@ -122,7 +121,10 @@ class Session:
                         stack.enter_context(tier.computed_by(partial(self._recording_backend, tier.name)))
             stack.enter_context(self._recorder.span("call", "call"))
             self._began = True
-            return (yield from work)
+            result = yield from work
+        # Afterwards: before it, max_time would be spent on copies, and the call come to nothing.
+        self._bandwidth = copy_bandwidth(self._place.device)
+        return result
 
     def _recording_backend(self, name: str, backend: Backend) -> Backend:
         return RecordingBackend(backend, self._recorder, name)
@@ -158,7 +160,8 @@ class Session:
     def _machine(self) -> str:
         device = self._place.device
         kinds = {str(tier.cache.buffer.dtype) for tier in self._tiers if isinstance(tier, ModelTier)}
-        where = f"{platform.machine()} CPU"
+        threads = threads_in(self._place)
+        where = f"{platform.machine()} CPU, {threads} thread{'' if threads == 1 else 's'}"
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
         parts = [where, *sorted(kind.removeprefix("torch.") for kind in kinds), f"torch {torch.__version__}"]

@@ -220,7 +220,8 @@ def text(found: Sequence[Row], tiers: Sequence[TierLine], about: Sequence[str]) 
             "" if row.percent is None else f"{row.percent:.0f}%",
         )
     console.print(table)
-    console.print()
+    if tiers:
+        console.print()
     for tier in tiers:
         console.print(str(tier))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

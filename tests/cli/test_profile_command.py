@@ -24,6 +24,19 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str], tiny_dir: Path
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
+def test_everything_as_one_object(capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path) -> None:
+    options = ("--logprobs", "2", "--stop", "\n", "--heal", "--out", str(tmp_path))
+    assert run("--weights", str(tiny_dir), "--method", "sd", "--json", *options, "abcabc") == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    content = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert content["rows"][0]["name"] == "call"
+    assert len(content["result"]["logprobs"]) == len(content["result"]["tokens"])
+    assert (tmp_path / "trace.json").is_file()
+
+
 def test_files_of_the_folder(capsys: pytest.CaptureFixture[str], tiny_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert run("--weights", str(tiny_dir), "--out", str(folder), "--rounds", "2", "abcabc") == 0
@@ -50,6 +63,7 @@ def test_mistakes_are_one_line(
         (("--nvtx", "a"), "nvtx=True needs a CUDA device"),
         (("--out", str(file), "a"), f"--out: {file} is no folder and cannot be made"),
         (("--system", "s", "a"), "--system needs --chat"),
+        (("--logprobs", "1", "a"), "--logprobs needs --json: the table has no place for them"),
     ]
     for argv, words in cases:
         assert run(*weights, *argv) == 2

@@ -11,7 +11,10 @@ import torch
 
 import pyramid_rt
 from pyramid_rt import InputError
+from pyramid_rt.cli.bench_report import environment
+from pyramid_rt.cli.report import machine
 from pyramid_rt.decoding.place import threads as module
+from pyramid_rt.decoding.place import threads_in
 from pyramid_rt.decoding.place.threads import (
     ONE_THREAD_BYTES,
     available_cpus,
@@ -74,6 +77,17 @@ def test_the_number_holds_inside_and_in_this_thread_alone(
     assert torch.get_num_threads() == before
     with pytest.raises(ZeroDivisionError), intra_op_threads(wanted):
         raise ZeroDivisionError
+    assert torch.get_num_threads() == before
+
+
+def test_reports_name_the_threads_of_the_pyramid(tiny_dir: Path) -> None:
+    before = torch.get_num_threads()
+    for count in range(1, CPUS + 1):
+        with pyramid_rt.load(tiny_dir, device="cpu", threads=count) as rt:
+            said = f"CPU, {count} thread" + ("" if count == 1 else "s")
+            assert threads_in(rt.place) == environment(rt)["threads"] == count
+            assert f"{said} ·" in machine(rt)
+            assert f"{said} ·" in rt.profile(PROMPT, max_new_tokens=1).machine
     assert torch.get_num_threads() == before
 
 

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 import pyramid_rt
 from pyramid_rt import InputError, NonFiniteLogitsError, Pyramid
@@ -18,9 +19,11 @@ from pyramid_rt.loading.model_tier import ModelTier
 from pyramid_rt.models.backends.torch import TorchBackend
 from pyramid_rt.models.shapes import Shape
 from pyramid_rt.models.traffic import step_traffic
+from pyramid_rt.profiling import picture
 from pyramid_rt.profiling.backend import RecordingBackend
 from pyramid_rt.profiling.profile import Profile
 from pyramid_rt.profiling.spans import Span
+from pyramid_rt.trace import JudgedToken
 
 PROMPT = "def is_empty(self):\n    return"
 PSD: dict[str, Any] = {"method": "psd", "qualifier_threshold": 0.1, "draft_length": 3, "qualifier_length": 5}
@@ -110,6 +113,33 @@ def test_wrong_options_are_refused_before_any_work(demo: Pyramid) -> None:
         demo.profile(PROMPT, nvtx=True)
     with pytest.raises(InputError, match="nvtx"):
         demo.profile(PROMPT, nvtx=1)  # type: ignore[arg-type]
+
+
+def test_copies_are_timed_when_the_call_is_over(demo: Pyramid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it they would be part of its max_time, and a short one would be over before anything ran."""
+    done = []
+    head = TorchBackend.head
+
+    def counted(self: TorchBackend, *arguments: Any) -> Any:
+        done.append("pass")
+        return head(self, *arguments)
+
+    def copies(device: torch.device) -> float:
+        done.append("copies")
+        return 1e10
+
+    monkeypatch.setattr(TorchBackend, "head", counted)
+    monkeypatch.setattr("pyramid_rt.profiling.session.copy_bandwidth", copies)
+    assert demo.profile(PROMPT, max_new_tokens=4, **PSD).bandwidth == 1e10
+    assert done.count("copies") == 1
+    assert done.count("pass") > 4
+    assert done[-1] == "copies"
+
+
+def test_a_call_without_rounds_ends_with_its_table(demo: Pyramid) -> None:
+    found = demo.profile(PROMPT, max_new_tokens=1)
+    assert found.tier_lines == []
+    assert "read" in str(found).splitlines()[-1]
 
 
 # Cost.
@@ -347,6 +377,41 @@ def test_the_picture_tells_what_became_of_each_token(profile: Profile) -> None:
         assert busy + each.other == pytest.approx(each.milliseconds, rel=0.05)
 
 
+def judged(**beside: Any) -> JudgedToken:
+    return JudgedToken(9, 7, "draft", "target", "rule", stood=False, own=8, **beside)
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (judged(reason="far", divergence=0.31, threshold=0.1), "divergence 0.31 > 0.1"),
+        (judged(reason="far", divergence=0.1004, threshold=0.1), "divergence 0.1004 > 0.1"),
+        (judged(reason="rejected", p=0.3, q=0.4, uniform=0.9), "p/q 0.75 <= u 0.9"),
+        (judged(reason="rejected", p=0.3, q=0.4, uniform=0.7501), "p/q 0.75 <= u 0.7501"),
+        (judged(reason="rejected", p=0.3, q=0.0, uniform=0.5), "q is 0"),
+    ],
+)
+def test_numbers_that_decide_are_told_apart_in_the_picture(token: JudgedToken, reason: str) -> None:
+    assert picture._reason(token) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("so ", "so␣"),
+        (" so", "␣so"),
+        ("a b", "a b"),
+        (" ", "␣"),
+        ("){\n", "){⏎"),
+        ("\x1b[", "·["),
+        ("", "[7]"),
+    ],
+)
+def test_blanks_at_the_ends_of_a_token_show(text: str, shown: str) -> None:
+    # "so" and "so " are two tokens: without a sign, one would seem to be put in the place of itself.
+    assert picture._shown(text, 7) == shown
+
+
 def test_probabilities_are_the_reason_of_a_rejection(demo: Pyramid) -> None:
     found = demo.profile(
         PROMPT, method="sd", lossless_rule="rejection", temperature=1.0, seed=2, max_new_tokens=40
@@ -380,8 +445,12 @@ def test_files_of_other_kinds_are_refused(
         profile.save(tmp_path / "a.pdf")
     with pytest.raises(InputError, match="cannot write it"):
         profile.save(tmp_path / "none" / "a.json")
-    with pytest.raises(InputError, match="no such round"):
+    had = len(profile.rounds(10_000))
+    with pytest.raises(InputError, match=f"first=10000 is beyond the call's last round: it had {had},"):
         profile.save(tmp_path / "a.svg", first=10_000)
+    for name in ("a.svg", "a.json"):
+        with pytest.raises(InputError, match="rounds must be an integer >= 1, found 0"):
+            profile.save(tmp_path / name, rounds=0)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r"pip install 'pyramid-rt\[profile\]'"):
         profile.save(tmp_path / "a.svg")

@@ -8,6 +8,7 @@ from pyramid_rt.decoding.place.places import (
     Place,
     inside,
     place_for,
+    threads_in,
 )
 
-__all__ = ["Callback", "CudaPlace", "HostPlace", "Mark", "Place", "inside", "place_for"]
+__all__ = ["Callback", "CudaPlace", "HostPlace", "Mark", "Place", "inside", "place_for", "threads_in"]

@@ -91,6 +91,12 @@ def inside(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P]
     return run
 
 
+def threads_in(place: Place) -> int:
+    """Threads that an operation of a place has on the CPU, which need not be as many as the caller's."""
+    with place.work():
+        return torch.get_num_threads()
+
+
 class HostPlace:
     """A CPU: a lock, the threads of an operation, and torch's settings.
 
