@@ -137,12 +137,12 @@ static void logic(Machine *m, const Ins *i) {
 static void choose(Machine *m, const Ins *i) {
     Warp *w = m->w; uint32_t p = w->pred[i->c];
     uint32_t good = w->pdefined[i->c] & ((p & w->defined[i->a]) | (~p & w->defined[i->b]));
-    Planes kept[2];
-    for (int k = 0; k < 2; k++) for (int j = 0; j < 4 && m->mask & ~good && k <= i->wide; j++)
+    uint32_t missing = m->mask & ~good; Planes kept[2];
+    if (missing) for (int k = 0; k <= i->wide; k++) for (int j = 0; j < 4; j++)
         kept[k].byte[j] = w->pdefined[i->c] & ((p & byte_defined(w, i->a + k, j)) | (~p & byte_defined(w, i->b + k, j)));
     for (int k = 0; k <= i->wide; k++) {
         EACH_LANE if (m->mask >> l & 1) WORD(i->d + k) = p >> l & 1 ? WORD(i->a + k) : WORD(i->b + k);
-        if (m->mask & ~good) set_planes(w, i->d + k, m->mask, kept[k], good);
+        if (missing) set_planes(w, i->d + k, m->mask, kept[k], good);
         else set_defined(w, i->d + k, m->mask, ~0u);
     }
 }

@@ -91,7 +91,7 @@ static Planes narrow_result(const Warp *w, const Ins *i) {
     }
 }
 /* Definedness of an ALU operation whose operands are not all defined; before its result is written. */
-static void partly_defined(Machine *m, const Ins *i) {
+static __attribute__((noinline, cold)) void partly_defined(Machine *m, const Ins *i) {
     Warp *w = m->w;
     switch (i->op) {
     case OP_PACK_B64: set_wide(w, i->d, m->mask, planes_of(w, i->a), planes_of(w, i->b)); return;

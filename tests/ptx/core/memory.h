@@ -229,7 +229,7 @@ static void put(Machine *m, int32_t unit, int wide, int size, int lane, const ui
     if (wide) m->w->r[(unit + 1) * LANES + lane] = (uint32_t)(x >> 32);
 }
 /* Of a register loaded from shared memory that is initialised in part: each byte is what its place is. */
-static void partly_loaded(Machine *m, const Ins *i, int32_t d, int offset, const uint64_t *at, uint32_t good) {
+static __attribute__((noinline, cold)) void partly_loaded(Machine *m, const Ins *i, int32_t d, int offset, const uint64_t *at, uint32_t good) {
     Planes p[2] = {alike(good), alike(good)};
     EACH_LANE if (m->mask & ~good & 1u << l) {
         const uint8_t *s = m->block->state + at[l] - SHARED_BASE + offset;

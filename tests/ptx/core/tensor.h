@@ -74,23 +74,31 @@ static void matrix_rows(Machine *m, const Ins *i, uint32_t *at) {
     count_conflicts(&m->l->conflicts, address, used, 16);
     m->mask = ~0u;
 }
-static inline uint32_t half_initialised(const Machine *m, uint32_t at) { return states_of(m->block->state + at, 2).all & INITIALISED; }
+/* Where a lane's two halves of matrix j lie. */
+static inline void places_of(const Ins *i, const uint32_t *at, int j, int l, uint32_t *low, uint32_t *high) {
+    int pair = 2 * (l % 4), row = l / 4;
+    if (i->flags & FLAG_TRANS) { *low = at[8 * j + pair] + 2 * row; *high = at[8 * j + pair + 1] + 2 * row; }
+    else { *low = at[8 * j + row] + 2 * pair; *high = *low + 2; }
+}
 static void ldmatrix(Machine *m, const Ins *i) {
-    uint32_t at[LANES], good[LANES];
+    uint32_t at[LANES], low, high, good = 1; const Block *b = m->block;
     matrix_rows(m, i, at);
-    for (int l = 0; l < 8 * i->vec; l++) good[l] = shared_read(m, at[l], 16, l);
+    for (int l = 0; l < 8 * i->vec; l++) good &= shared_read(m, at[l], 16, l);
     for (int j = 0; j < i->vec; j++) {
-        int32_t d = m->l->lists[i->list + j]; uint32_t low = 0, high = 0;
+        int32_t d = m->l->lists[i->list + j];
         EACH_LANE {
-            uint16_t lo, hi; int pair = 2 * (l % 4), row = l / 4, turned = i->flags & FLAG_TRANS;
-            int first = 8 * j + (turned ? pair : row), second = turned ? first + 1 : first;
-            uint32_t from = at[first] + 2 * (turned ? row : pair), next = turned ? at[second] + 2 * row : from + 2;
-            memcpy(&lo, m->block->shared + from, 2); memcpy(&hi, m->block->shared + next, 2);
+            uint16_t lo, hi;
+            places_of(i, at, j, l, &low, &high);
+            memcpy(&lo, b->shared + low, 2); memcpy(&hi, b->shared + high, 2);
             m->w->r[d * LANES + l] = lo | (uint32_t)hi << 16;
-            low |= (good[first] || half_initialised(m, from)) << l;
-            high |= (good[second] || half_initialised(m, next)) << l;
         }
-        set_narrow(m->w, d, ~0u, halves(low, high));
+        if (good) { set_defined(m->w, d, ~0u, ~0u); continue; }
+        Planes p = {{0}};
+        EACH_LANE {
+            places_of(i, at, j, l, &low, &high);
+            for (int k = 0; k < 4; k++) p.byte[k] |= (uint32_t)(b->state[(k < 2 ? low : high) + k % 2] == INITIALISED) << l;
+        }
+        set_narrow(m->w, d, ~0u, p);
     }
 }
 static void stmatrix(Machine *m, const Ins *i) {
