@@ -1,4 +1,5 @@
 /* Arithmetic, comparisons, predicates, exchange between lanes. All lanes are computed; those at work are kept. */
+#include "defined.h"
 #include "numbers.h"
 
 static inline uint32_t field(uint32_t x, uint32_t at, uint32_t length, int is_signed) {
@@ -32,20 +33,6 @@ static inline int32_t s32(uint32_t x) { return (int32_t)x; }
     (void)x, (void)y, (void)z; uint64_t v = (uint64_t)(e); o[l] = (uint32_t)v; o[l + LANES] = (uint32_t)(v >> 32); } break;
 #define CUT(x) ((x) & 0xffff)
 
-/* Words put together of bytes some of which are not initialised: each byte of the result is as good as its sources. */
-static void partly_defined(Machine *m, const Ins *i) {
-    Warp *w = m->w; uint32_t planes[4] = {0}, all = ~0u;
-    for (uint32_t k = 0; k < 4; k++) {
-        if (i->op != OP_PRMT_B32) planes[k] = byte_defined(w, i->a, k) & byte_defined(w, i->b, k);
-        else EACH_LANE {
-            uint32_t s = w->r[i->c * LANES + l] >> 4 * k & 7;
-            planes[k] |= (byte_defined(w, s < 4 ? i->a : i->b, s & 3) & w->defined[i->c]) & 1u << l;
-        }
-        all &= planes[k];
-    }
-    set_defined(w, i->d, m->mask, all);
-    for (int k = 0; k < 4; k++) w->bytes[4 * i->d + k] = (w->bytes[4 * i->d + k] & ~m->mask) | (planes[k] & m->mask);
-}
 static void arithmetic(Machine *m, const Ins *i) {
     Warp *w = m->w; uint32_t o[2 * LANES];
     const uint32_t *A = w->r + i->a * LANES, *B = w->r + i->b * LANES, *C = w->r + i->c * LANES;
@@ -89,13 +76,13 @@ static void arithmetic(Machine *m, const Ins *i) {
     default: fault(m, FAULT_UNKNOWN, 0, 0, 0);
     }
     int units = i->wide ? 2 : 1;
-    int bytewise = i->op == OP_PRMT_B32 || i->op == OP_OR_B32 || i->op == OP_AND_B32 || i->op == OP_XOR_B32 || i->op == OP_MOV_B32;
-    if (bytewise && m->mask & ~good) partly_defined(m, i); /* before the result is written, where it may be a source */
+    uint32_t missing = m->mask & ~good;
+    if (missing) partly_defined(m, i); /* before the result is written, where it may be a source */
     for (int k = 0; k < units; k++) {
         uint32_t *d = w->r + (i->d + k) * LANES;
         if (m->mask == ~0u) memcpy(d, o + k * LANES, 4 * LANES);
         else EACH_LANE if (m->mask >> l & 1) d[l] = o[l + k * LANES];
-        if (!bytewise || !(m->mask & ~good)) set_defined(w, i->d + k, m->mask, good);
+        if (!missing) set_defined(w, i->d + k, m->mask, ~0u);
     }
 }
 
@@ -133,7 +120,8 @@ static void compare(Machine *m, const Ins *i) {
     case OP_SETP_S16: COMPARE(int16_t, WORD) case OP_SETP_S64: COMPARE(int64_t, WIDE) case OP_SETP_U64: COMPARE(uint64_t, WIDE)
     default: p = compare_floats(w, i);
     }
-    set_pred(m, i->d, p, w->defined[i->a] & w->defined[i->b]);
+    int half = i->op == OP_SETP_U16 || i->op == OP_SETP_S16;
+    set_pred(m, i->d, p, half ? bytes_defined(w, i->a, 0, 2) & bytes_defined(w, i->b, 0, 2) : w->defined[i->a] & w->defined[i->b]);
 }
 static void logic(Machine *m, const Ins *i) {
     Warp *w = m->w; uint32_t x = w->pred[i->a], y = w->pred[i->b], good = w->pdefined[i->a] & w->pdefined[i->b];
@@ -149,9 +137,13 @@ static void logic(Machine *m, const Ins *i) {
 static void choose(Machine *m, const Ins *i) {
     Warp *w = m->w; uint32_t p = w->pred[i->c];
     uint32_t good = w->pdefined[i->c] & ((p & w->defined[i->a]) | (~p & w->defined[i->b]));
-    for (int k = 0; k < (i->wide ? 2 : 1); k++) {
+    uint32_t missing = m->mask & ~good; Planes kept[2];
+    if (missing) for (int k = 0; k <= i->wide; k++) for (int j = 0; j < 4; j++)
+        kept[k].byte[j] = w->pdefined[i->c] & ((p & byte_defined(w, i->a + k, j)) | (~p & byte_defined(w, i->b + k, j)));
+    for (int k = 0; k <= i->wide; k++) {
         EACH_LANE if (m->mask >> l & 1) WORD(i->d + k) = p >> l & 1 ? WORD(i->a + k) : WORD(i->b + k);
-        set_defined(w, i->d + k, m->mask, good);
+        if (missing) set_planes(w, i->d + k, m->mask, kept[k], good);
+        else set_defined(w, i->d + k, m->mask, ~0u);
     }
 }
 /* Lanes meet here: all that the member mask names, and no others. */
@@ -159,22 +151,25 @@ static void members(Machine *m, int32_t unit) {
     if (m->w->r[unit * LANES + first_lane(m->mask)] != m->mask) fault(m, FAULT_LANES, first_lane(m->mask), 0, 0);
 }
 static void shuffle(Machine *m, const Ins *i) {
-    Warp *w = m->w; uint32_t o[LANES], good = 0;
+    Warp *w = m->w; uint32_t o[LANES], good = 0; int from[LANES];
     members(m, m->l->lists[i->list]);
     need(m, w->defined[i->b] & w->defined[i->c]);
     EACH_LANE {
         int b = (int)(WORD(i->b) & 31), c = (int)WORD(i->c), segment = c >> 8 & 31;
-        int last = (l & segment) | (c & 31 & ~segment), from;
-        if (i->op == OP_SHFL_UP) { from = l - b; if (from < last) from = l; }
+        int last = (l & segment) | (c & 31 & ~segment), at;
+        if (i->op == OP_SHFL_UP) { at = l - b; if (at < last) at = l; }
         else {
-            from = i->op == OP_SHFL_BFLY ? l ^ b : i->op == OP_SHFL_DOWN ? l + b : (l & segment) | (b & ~segment);
-            if (from > last) from = l;
+            at = i->op == OP_SHFL_BFLY ? l ^ b : i->op == OP_SHFL_DOWN ? l + b : (l & segment) | (b & ~segment);
+            if (at > last) at = l;
         }
-        o[l] = w->r[i->a * LANES + from];
-        good |= (w->defined[i->a] >> from & m->mask >> from & 1) << l;
+        o[l] = w->r[i->a * LANES + at]; from[l] = at;
+        good |= (w->defined[i->a] >> at & m->mask >> at & 1) << l;
     }
     EACH_LANE if (m->mask >> l & 1) WORD(i->d) = o[l];
-    set_defined(w, i->d, m->mask, good);
+    if (!(m->mask & ~good)) { set_defined(w, i->d, m->mask, ~0u); return; }
+    Planes given = planes_of(w, i->a), p = {{0}};
+    for (int k = 0; k < 4; k++) EACH_LANE p.byte[k] |= (given.byte[k] >> from[l] & m->mask >> from[l] & 1) << l;
+    set_narrow(w, i->d, m->mask, p);
 }
 static void reduce(Machine *m, const Ins *i) {
     Warp *w = m->w; int first = first_lane(m->mask); uint32_t v = w->r[i->a * LANES + first];

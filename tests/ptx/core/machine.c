@@ -64,7 +64,12 @@ static void unpack(Machine *m, const Ins *i) {
             uint32_t x = m->w->r[i->a * LANES + l];
             m->w->r[d * LANES + l] = i->size == 8 ? m->w->r[(i->a + k) * LANES + l] : x >> 16 * k & 0xffff;
         }
-        set_defined(m->w, d, m->mask, m->w->defined[i->a]);
+        if (!(m->mask & ~m->w->defined[i->a])) set_defined(m->w, d, m->mask, ~0u);
+        else if (i->size == 8) set_narrow(m->w, d, m->mask, planes_of(m->w, i->a + k));
+        else { /* zeros follow the half */
+            Planes p = {{byte_defined(m->w, i->a, 2 * k), byte_defined(m->w, i->a, 2 * k + 1), ~0u, ~0u}};
+            set_narrow(m->w, d, m->mask, p);
+        }
     }
 }
 static void fence_all(Machine *m) { /* no address: publishes stores; ordering needs an atomic */

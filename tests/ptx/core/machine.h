@@ -54,7 +54,7 @@ typedef struct { uint64_t line; uint32_t mask; uint8_t data[32]; } Line;
 
 typedef struct {
     uint32_t *r, *defined, *pred, *pdefined;
-    uint32_t *bytes; /* [units][4]: lanes where a byte is initialised though its unit is not; permutes pick such bytes */
+    uint32_t *bytes; /* [units][4]: lanes where a byte is initialised though its register is not; see defined.h */
     int32_t pc, next_pc; uint32_t mask, alive; int32_t lanepc[LANES];
     uint8_t waiting, done;
     Copy *copies; int32_t ncopies, room, group, oldest; /* groups committed; all below `oldest` are complete */
@@ -104,7 +104,6 @@ static inline void set_defined(Warp *w, int32_t u, uint32_t mask, uint32_t value
     w->defined[u] = (w->defined[u] & ~mask) | (value & mask);
     if (mask & ~value) for (int k = 0; k < 4; k++) w->bytes[4 * u + k] &= ~(mask & ~value);
 }
-static inline uint32_t byte_defined(const Warp *w, int32_t u, uint32_t byte) { return w->defined[u] | w->bytes[4 * u + byte]; }
 /* What decides an address, a branch or a lane's part in an instruction must be initialised. */
 static inline void need(Machine *m, uint32_t defined) {
     uint32_t bad = m->mask & ~defined;

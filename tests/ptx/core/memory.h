@@ -1,5 +1,5 @@
 /* Global and shared memory: bounds, alignment, initialisation, races, late stores, late copies. */
-#include "machine.h"
+#include "defined.h"
 
 static void race(Machine *m, int kind, int lane, uint64_t address, int pc, uint32_t warp, int other_lane) {
     Launch *l = m->l;
@@ -228,6 +228,18 @@ static void put(Machine *m, int32_t unit, int wide, int size, int lane, const ui
     m->w->r[unit * LANES + lane] = (uint32_t)x;
     if (wide) m->w->r[(unit + 1) * LANES + lane] = (uint32_t)(x >> 32);
 }
+/* Of a register loaded from shared memory that is initialised in part: each byte is what its place is. */
+static __attribute__((noinline, cold)) void partly_loaded(Machine *m, const Ins *i, int32_t d, int offset, const uint64_t *at, uint32_t good) {
+    Planes p[2] = {alike(good), alike(good)};
+    EACH_LANE if (m->mask & ~good & 1u << l) {
+        const uint8_t *s = m->block->state + at[l] - SHARED_BASE + offset;
+        for (int k = 0; k < 8; k++) { /* zeros follow, or what the last byte's sign is */
+            int there = k < i->size ? s[k] : i->flags & FLAG_SIGNED ? s[i->size - 1] : INITIALISED;
+            p[k / 4].byte[k % 4] |= (uint32_t)(there == INITIALISED) << l;
+        }
+    }
+    if (i->wide) set_wide(m->w, d, m->mask, p[0], p[1]); else set_narrow(m->w, d, m->mask, p[0]);
+}
 static void load(Machine *m, const Ins *i) {
     Warp *w = m->w; uint64_t at[LANES]; int bytes = i->size * i->vec; uint32_t good = 0;
     const Buffer *hint = NULL;
@@ -252,8 +264,8 @@ static void load(Machine *m, const Ins *i) {
     }
     for (int k = 0; k < i->vec; k++) {
         int32_t d = m->l->lists[i->list + k];
-        if (d >= 0) set_defined(w, d, m->mask, good);
-        if (d >= 0 && i->wide) set_defined(w, d + 1, m->mask, good);
+        if (d >= 0 && m->mask & ~good) partly_loaded(m, i, d, k * i->size, at, good);
+        else if (d >= 0) for (int n = 0; n <= i->wide; n++) set_defined(w, d + n, m->mask, ~0u);
     }
     if (i->flags & FLAG_SHARED) { count_conflicts(&m->l->conflicts, at, m->mask, bytes); return; }
     m->l->loaded[bytes] += (uint64_t)bytes * __builtin_popcount(m->mask);
@@ -264,7 +276,11 @@ static void store(Machine *m, const Ins *i) {
     const Buffer *hint = NULL;
     addresses(m, i, at);
     for (int k = 0; k < i->vec; k++) good &= w->defined[m->l->lists[i->list + k]];
-    if (!(i->flags & FLAG_SHARED)) need(m, good);
+    if (m->mask & ~good) {
+        good = ~0u;
+        for (int k = 0; k < i->vec; k++) good &= taken_defined(w, m->l->lists[i->list + k], i->size);
+        if (!(i->flags & FLAG_SHARED)) need(m, good);
+    }
     EACH_LANE if (m->mask >> l & 1) {
         uint8_t data[16];
         for (int k = 0; k < i->vec; k++) {
@@ -273,7 +289,12 @@ static void store(Machine *m, const Ins *i) {
             memcpy(data + k * i->size, &x, i->size);
         }
         if (i->flags & FLAG_SHARED) {
-            shared_write(m, shared_at(m, at[l], bytes, l), data, bytes, l, good >> l & 1);
+            uint32_t to = shared_at(m, at[l], bytes, l);
+            shared_write(m, to, data, bytes, l, good >> l & 1);
+            for (int k = 0; k < bytes && !(good >> l & 1); k++) {
+                int32_t s = m->l->lists[i->list + k / i->size] + k % i->size / 4;
+                m->block->state[to + k] = byte_defined(w, s, k % i->size % 4) >> l & 1;
+            }
         } else {
             const Buffer *b = buffer_of(m, at[l], bytes, l, &hint);
             m->l->traffic[2 * (b - m->l->buffers) + 1] += (uint64_t)bytes;

@@ -1,5 +1,5 @@
 /* Tensor cores: products of 16 terms, exact, added up in double with ascending k and rounded to float once. */
-#include "machine.h"
+#include "defined.h"
 
 typedef struct { float a[16][16], b[16][256]; uint32_t bad_rows; uint8_t bad_columns[256]; } Tiles;
 
@@ -74,26 +74,31 @@ static void matrix_rows(Machine *m, const Ins *i, uint32_t *at) {
     count_conflicts(&m->l->conflicts, address, used, 16);
     m->mask = ~0u;
 }
+/* Where a lane's two halves of matrix j lie. */
+static inline void places_of(const Ins *i, const uint32_t *at, int j, int l, uint32_t *low, uint32_t *high) {
+    int pair = 2 * (l % 4), row = l / 4;
+    if (i->flags & FLAG_TRANS) { *low = at[8 * j + pair] + 2 * row; *high = at[8 * j + pair + 1] + 2 * row; }
+    else { *low = at[8 * j + row] + 2 * pair; *high = *low + 2; }
+}
 static void ldmatrix(Machine *m, const Ins *i) {
-    uint32_t at[LANES], good[LANES];
+    uint32_t at[LANES], low, high, good = 1; const Block *b = m->block;
     matrix_rows(m, i, at);
-    for (int l = 0; l < 8 * i->vec; l++) good[l] = shared_read(m, at[l], 16, l);
+    for (int l = 0; l < 8 * i->vec; l++) good &= shared_read(m, at[l], 16, l);
     for (int j = 0; j < i->vec; j++) {
-        int32_t d = m->l->lists[i->list + j]; uint32_t defined = 0;
+        int32_t d = m->l->lists[i->list + j];
         EACH_LANE {
-            uint32_t x; uint16_t lo, hi; int pair = 2 * (l % 4), row = l / 4;
-            if (i->flags & FLAG_TRANS) {
-                memcpy(&lo, m->block->shared + at[8 * j + pair] + 2 * row, 2);
-                memcpy(&hi, m->block->shared + at[8 * j + pair + 1] + 2 * row, 2);
-                x = lo | (uint32_t)hi << 16;
-                defined |= (good[8 * j + pair] & good[8 * j + pair + 1]) << l;
-            } else {
-                memcpy(&x, m->block->shared + at[8 * j + row] + 2 * pair, 4);
-                defined |= good[8 * j + row] << l;
-            }
-            m->w->r[d * LANES + l] = x;
+            uint16_t lo, hi;
+            places_of(i, at, j, l, &low, &high);
+            memcpy(&lo, b->shared + low, 2); memcpy(&hi, b->shared + high, 2);
+            m->w->r[d * LANES + l] = lo | (uint32_t)hi << 16;
         }
-        set_defined(m->w, d, ~0u, defined);
+        if (good) { set_defined(m->w, d, ~0u, ~0u); continue; }
+        Planes p = {{0}};
+        EACH_LANE {
+            places_of(i, at, j, l, &low, &high);
+            for (int k = 0; k < 4; k++) p.byte[k] |= (uint32_t)(b->state[(k < 2 ? low : high) + k % 2] == INITIALISED) << l;
+        }
+        set_narrow(m->w, d, ~0u, p);
     }
 }
 static void stmatrix(Machine *m, const Ins *i) {
@@ -102,13 +107,15 @@ static void stmatrix(Machine *m, const Ins *i) {
     for (int j = 0; j < i->vec; j++) {
         int32_t s = m->l->lists[i->list + j];
         for (int row = 0; row < 8; row++) {
-            uint16_t data[8]; uint32_t good = 1;
+            uint16_t data[8]; uint8_t good[8]; uint32_t all = 1, to = at[8 * j + row];
             for (int k = 0; k < 8; k++) {
                 int lane = i->flags & FLAG_TRANS ? 4 * k + row / 2 : 4 * row + k / 2, high = i->flags & FLAG_TRANS ? row & 1 : k & 1;
                 data[k] = (uint16_t)(m->w->r[s * LANES + lane] >> 16 * high);
-                good &= m->w->defined[s] >> lane;
+                good[k] = bytes_defined(m->w, s, 2 * high, 2) >> lane & 1;
+                all &= good[k];
             }
-            shared_write(m, at[8 * j + row], (uint8_t *)data, 16, 8 * j + row, good & 1);
+            shared_write(m, to, (uint8_t *)data, 16, 8 * j + row, all);
+            for (int k = 0; k < 8 && !all; k++) memset(m->block->state + to + 2 * k, good[k], 2);
         }
     }
 }
