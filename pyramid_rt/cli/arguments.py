@@ -244,7 +244,13 @@ def _add_tune(commands: Any) -> None:
 
 def _add_explain(commands: Any) -> None:
     parser = _command(commands, "explain", "measure a pyramid and say what limits its speed")
-    parser.add_argument("weights", type=_path, metavar="DIR", help="weights directory with two tiers or more")
+    parser.add_argument(
+        "weights",
+        type=_path,
+        nargs="?",
+        metavar="DIR",
+        help="weights directory with two tiers or more; the demo pyramid",
+    )
     _add_device_flags(parser)
     for flag, kind, text in EXPLAIN_FLAGS:
         parser.add_argument(flag, type=kind, help=text)
@@ -254,7 +260,9 @@ def _add_explain(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = _command(commands, "bench", "measure prefill and decode speed of the methods")
-    parser.add_argument("weights", type=_path, metavar="DIR", help="weights directory")
+    parser.add_argument(
+        "weights", type=_path, nargs="?", metavar="DIR", help="weights directory; the demo pyramid"
+    )
     _add_device_flags(parser)
     parser.add_argument(
         "--prompt-tokens", type=_lengths, metavar="N,...", help="lengths of the prompts (128,512)"

@@ -190,6 +190,7 @@ def _run_tune(arguments: argparse.Namespace) -> int:
 
 
 def _run_explain(arguments: argparse.Namespace) -> int:
+    arguments.weights = arguments.weights or api.demo_weights()
     check_tunable(arguments.weights, writing=False)
     prompts = _prompts(arguments, "acceptance is measured on")
     with _loaded(arguments) as pyramid:

@@ -20,6 +20,8 @@ from pyramid_rt.result import GenerationResult
 
 FORMATS = (".json", ".svg", ".png")
 ROUNDS_DRAWN = 4
+# More would be a picture of hundreds of megabytes.
+MOST_DRAWN = 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Profile:
         return picture.rounds(self.spans, self.tiers, self.result.trace, count, first)
 
     def _drawn(self, count: int, first: int) -> list[RoundPicture]:
-        """The rounds of a picture; raises InputError where there is none."""
+        """The rounds of a picture; raises InputError where there is none, or too many."""
+        if count > MOST_DRAWN:
+            raise InputError(f"rounds is {count}, and a picture has {MOST_DRAWN} at most; first= says which")
         drawn = self.rounds(count, first)
         if not drawn:
             had = len([span for span in self.spans.children if span.kind == "round"])

@@ -142,6 +142,12 @@ def test_a_call_without_rounds_ends_with_its_table(demo: Pyramid) -> None:
     assert "read" in str(found).splitlines()[-1]
 
 
+def test_a_picture_has_so_many_rounds_at_most(profile: Profile, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rounds is 65, and a picture has 64 at most"):
+        profile.save(tmp_path / "rounds.svg", rounds=65)
+    assert not list(tmp_path.iterdir())
+
+
 # Cost.
 
 
