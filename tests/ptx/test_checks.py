@@ -217,7 +217,7 @@ def test_a_word_counts_as_written_when_both_halves_are(word: str, use: str) -> N
 
 
 def test_a_word_counts_as_written_again() -> None:
-    """What was known of its bytes is forgotten when all of it is lost, and when it is given anew."""
+    """Knowledge of single bytes ends when all of a register is lost, and when it is given anew."""
     lost = "add.s32 %r56, %r55, 1;"
     caught("uninitialised", f"{LOW_HALF} {lost} cvt.u32.u16 %r100, %r56;", seeds=1)
     passes(f"{LOW_HALF} mov.b32 %r56, %r0; mov.b32 %r100, %r56;")
