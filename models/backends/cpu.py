@@ -1,6 +1,7 @@
 """The `torch` backend on a CPU: a row of a window has the same bits at every width and place of the window.
 
-Everything that adds up does so by oneDNN's products, each of which is a sum in one order however many rows there are;
+Everything that adds up does so by oneDNN's products, each of which is a sum in one order however many rows there are,
+or in float32's attention by BLAS's, whose rows come in fours and whose long sums are taken in blocks of fixed places;
 softmax and norms are torch's, row by row. So a token verified among others has the bits of one decoded alone, and a
 prompt may be processed in any pieces. `row_check` tries whether that holds on a machine.
 
@@ -36,9 +37,12 @@ TILE_KEYS = 2**17
 # Elements of an op that torch computes on one thread, whatever the number of threads.
 ONE_THREAD_ELEMENTS = 2**15 - 1
 
-# Query rows, and cache rows, up to which one batched product gives scores sooner than oneDNN's for each head.
-BATCHED_ROWS = {torch.bfloat16: 32, torch.float32: 96}
+# Query rows, and cache rows, up to which one batched product of bfloat16 gives scores sooner than one for each head.
+BATCHED_ROWS = 32
 BATCHED_KEYS = 4 * KEYS
+
+# BLAS adds up fewer rows than four in another order than more.
+BLAS_ROWS = 4
 
 
 def keeps_rows(device: torch.device, dtype: torch.dtype) -> bool:
@@ -52,9 +56,11 @@ class CpuWindow(Window):
 
     Attributes:
         count: T. The residual stream has max(T, 2) rows, of which the second repeats the first where T is 1.
+        rows_mask: `row_mask` of the mask, for float32 and windows of one tile; None for others.
     """
 
     count: int
+    rows_mask: Tensor | None
 
 
 class Scratch:
@@ -97,7 +103,10 @@ class CpuBackend(TorchBackend):
             positions, ancestors = tree.depths + start, tree.ancestors
             mask = reference.tree_mask(start, ancestors, bound, 1, torch.float32, length=length)
         cos, sin = rotary.index_select(0, positions).chunk(2, 1)
-        return CpuWindow(slots, positions, ancestors, cos, sin, mask.unsqueeze(1), length)
+        mask = mask.unsqueeze(1)
+        whole = rotary.dtype == torch.float32 and length <= tile_rows(bound)
+        rows_mask = row_mask(mask, group) if whole else None
+        return CpuWindow(slots, positions, ancestors, cos, sin, mask, length, rows_mask)
 
     def embed(self, table: Tensor, tokens: Tensor, norm: Tensor, window: Window) -> Tensor:
         """See `Backend`; the result has two rows at least."""
@@ -129,10 +138,10 @@ class CpuBackend(TorchBackend):
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`; the result has two rows at least."""
-        rows = q.shape[0]
-        most = max(min(TILE, TILE_KEYS // window.mask.shape[-1]), 1)
+        assert isinstance(window, CpuWindow)
+        rows, most = q.shape[0], tile_rows(window.mask.shape[-1])
         if rows <= most:
-            attended = attend(q, k_cache, v_cache, window.mask, self.scratch)
+            attended = attend(q, k_cache, v_cache, window.mask, self.scratch, window.rows_mask)
             return attended.expand(2, -1).contiguous() if rows == 1 else attended
         tiles = zip(q.split(most), window.mask.split(most), strict=True)
         return torch.cat([attend(part, k_cache, v_cache, mask, self.scratch) for part, mask in tiles])
@@ -154,7 +163,26 @@ def _two_at_least(index: Tensor) -> Tensor:
     return index.expand(2) if index.shape[0] == 1 else index
 
 
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: Scratch) -> Tensor:
+def tile_rows(bound: int) -> int:
+    """Window rows of one attention product over so many cache rows."""
+    return max(min(TILE, TILE_KEYS // bound), 1)
+
+
+def row_mask(mask: Tensor, group: int) -> Tensor:
+    """[T, 1, bound] -> [R, bound]: a row for each of the G query heads of a token, R = T G and up to 3 of zeros."""
+    length, _, bound = mask.shape
+    rows = mask.expand(length, group, bound).reshape(length * group, bound)
+    return functional.pad(rows, (0, 0, 0, -rows.shape[0] % BLAS_ROWS))
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    scratch: Scratch,
+    rows_mask: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v over the first rows of a cache, query heads sharing K and V.
 
     The G query heads of one key head become rows of one product. Scores are rounded to dtype, as transformers' eager
@@ -164,12 +192,17 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: S
         q: [T, H, D] dtype.
         k_cache, v_cache: [KV, S, D] dtype.
         mask: [T, 1, bound] float32, 0 or -inf, bound <= S.
+        rows_mask: `row_mask` of it, where it is there already.
 
     Returns:
         [T, H * D] dtype.
     """
     length, heads, head_dim = q.shape
     kv_heads, bound = k_cache.shape[0], mask.shape[-1]
+    # BLAS may cut a product between threads where it has one only.
+    if q.dtype == torch.float32 and kv_heads > 1:
+        rows_mask = row_mask(mask, heads // kv_heads) if rows_mask is None else rows_mask
+        return _attend_by_blas(q, k_cache, v_cache, rows_mask, scratch)
     if length * heads == kv_heads:  # a row alone of each product
         return attend(q.expand(2, -1, -1), k_cache, v_cache, mask.expand(2, -1, -1), scratch)[:1]
     grouped = q.reshape(length, kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, head_dim)
@@ -182,12 +215,35 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: S
     return out.view(kv_heads, length, -1).transpose(0, 1).reshape(length, heads * head_dim)
 
 
+def _attend_by_blas(q: Tensor, k_cache: Tensor, v_cache: Tensor, mask: Tensor, scratch: Scratch) -> Tensor:
+    """`attend` in float32 of two key heads or more; mask [R, bound] as of `row_mask`.
+
+    A score is one short sum, the same however many keys there are. The sum over the cache is long, and BLAS takes it
+    in pieces that depend on its length: so it is taken here in pieces of `KEYS` rows at fixed places.
+    """
+    length, heads, head_dim = q.shape
+    kv_heads, (rows, bound) = k_cache.shape[0], mask.shape
+    grouped = q.reshape(length, kv_heads, -1).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    grouped = functional.pad(grouped, (0, 0, 0, rows - grouped.shape[1]))
+    keys, values = k_cache.narrow(1, 0, bound), v_cache.narrow(1, 0, bound)
+    scores = torch.bmm(grouped, keys.transpose(1, 2), out=scratch.take(0, (kv_heads, rows, bound)))
+    torch.add(mask, scores, alpha=head_dim**-0.5, out=scores)
+    weights = torch.softmax(scores, -1, out=scratch.take(1, scores.shape))
+    parts = zip(weights.split(KEYS, 2), values.split(KEYS, 1), strict=True)
+    out = torch.bmm(*next(parts))
+    for part in parts:
+        out.baddbmm_(*part)
+    used = length * heads // kv_heads
+    return out[:, :used].reshape(kv_heads, length, -1).transpose(0, 1).reshape(length, heads * head_dim)
+
+
 def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
     """q k^T: [KV, R, D] and [KV, bound, D] dtype -> out [KV, R, bound] float32."""
     kv_heads, rows, head_dim = q.shape
-    # BLAS may cut a product between threads where it has one only, and then there is nothing to gain.
-    few = kv_heads > 1 and rows <= BATCHED_ROWS[q.dtype] and keys.shape[1] <= BATCHED_KEYS
-    if few and batched_scores_agree(q.dtype, kv_heads, head_dim, torch.get_num_threads()):
+    few = (
+        kv_heads > 1 and q.dtype == torch.bfloat16 and rows <= BATCHED_ROWS and keys.shape[1] <= BATCHED_KEYS
+    )
+    if few and batched_scores_agree(kv_heads, head_dim, torch.get_num_threads()):
         out.copy_(_batched_scores(q, keys))
         return
     for head, of, place in zip(q.unbind(0), keys.unbind(0), out.unbind(0), strict=True):
@@ -195,21 +251,17 @@ def _scores(q: Tensor, keys: Tensor, out: Tensor) -> None:
 
 
 def _batched_scores(q: Tensor, keys: Tensor) -> Tensor:
-    """`_scores` in dtype by one product: [KV, R, D] and [KV, bound, D] -> [KV, R, bound]."""
-    if q.dtype == torch.bfloat16:  # oneDNN's too; keys on the left are read as they lie
-        return torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
-    # BLAS's, which adds up fewer rows than four in another order.
-    wide = q if q.shape[1] >= 4 else torch.cat((q, q), 1)
-    return torch.bmm(wide, keys.transpose(1, 2))[:, : q.shape[1]]
+    """`_scores` in bfloat16 by one product, oneDNN too: [KV, R, D] and [KV, bound, D] -> [KV, R, bound]."""
+    return torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)  # keys on the left are read as they lie
 
 
 @cache
-def batched_scores_agree(dtype: torch.dtype, kv_heads: int, head_dim: int, threads: int) -> bool:
+def batched_scores_agree(kv_heads: int, head_dim: int, threads: int) -> bool:
     """True where both products of `_scores` give the same bits for such heads, tried on the first use."""
-    generator, most = torch.Generator().manual_seed(0), BATCHED_ROWS[dtype]
+    generator, most = torch.Generator().manual_seed(0), BATCHED_ROWS
     with torch.inference_mode():
         q, keys = (
-            torch.randn((kv_heads, count, head_dim), generator=generator).to(dtype)
+            torch.randn((kv_heads, count, head_dim), generator=generator).bfloat16()
             for count in (most, BATCHED_KEYS)
         )
         for bound in range(KEYS, BATCHED_KEYS + 1, KEYS):
