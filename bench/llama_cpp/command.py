@@ -127,11 +127,11 @@ def show(console: Console, rows: Sequence[Row]) -> None:
         "weights",
         "context",
         "ours",
-        "llama.cpp",
+        "theirs",
         "ratio",
-        "(min-max)",
+        "least-most",
         "prompt",
-        "llama.cpp",
+        "theirs",
         "same",
     ):
         table.add_column(heading, justify="left" if heading == "weights" else "right")
