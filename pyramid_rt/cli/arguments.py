@@ -292,6 +292,11 @@ def _add_profile(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="rounds in the picture (4)")
     parser.add_argument("--nvtx", action="store_true", help="on CUDA: name ranges for Nsight Systems too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument(
+        "--counted",
+        action="store_true",
+        help="without a GPU, in a copy of the repository: count what compiled kernels execute and move",
+    )
 
 
 def _names(text: str) -> list[str]:

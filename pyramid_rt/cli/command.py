@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
 from pyramid_rt import api
-from pyramid_rt.cli import bench_report, explain_report, profile_report, race, report, tune_report
+from pyramid_rt.cli import bench_report, counted, explain_report, profile_report, race, report, tune_report
 from pyramid_rt.cli.arguments import EXPLAIN_FLAGS, GENERATION_FLAGS, LOADING_FLAGS, PROGRAM, option_name
 from pyramid_rt.decoding.methods import LOSSLESS_METHODS
 from pyramid_rt.errors import InputError
@@ -242,6 +242,12 @@ def _run_profile(arguments: argparse.Namespace) -> int:
     prompt, given = _prompt(arguments), _call_options(arguments, "the table")
     if arguments.rounds < 1:
         raise InputError(f"--rounds must be at least 1, found {arguments.rounds}")
+    if arguments.counted:
+        for flag in ("out", "nvtx", "json"):
+            if getattr(arguments, flag):
+                raise InputError(f"--counted takes no --{flag}: it counts, and has no times")
+        weights = arguments.weights or api.demo_weights()
+        return counted.run(weights, prompt, _given(arguments, LOADING_FLAGS), given)
     if arguments.out is not None:
         profile_report.check_folder("--out", arguments.out)
     with _loaded(arguments) as pyramid, _stderr().status("profiling"):

@@ -6,9 +6,11 @@ The table of docs/kernels.md is what this prints for sm_90; with --decode, the s
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ptx import device
 from ptx.machine import Counts, Schedule
@@ -58,18 +60,23 @@ def markdown() -> str:
     return "\n".join([HEAD, "|---" * HEAD.count(" | ") + "|---|", *lines()])
 
 
-def decode(weights: Path, tokens: int, method: str) -> str:
-    """Sums over the launches of a generation, by kernel."""
+def decode(weights: Path, prompt: Any, loading: dict[str, Any], options: dict[str, Any]) -> str:
+    """Sums over the launches of a generation, by kernel; `loading` is for `load`, `options` for `generate`."""
     import pyramid_rt
 
-    pyramid = pyramid_rt.load(
-        weights, device="cpu", backend="triton", dtype="bfloat16", control="device", max_seq=512
-    )
-    with device.scheduled(Schedule(detect=False)), device.counted() as launched:
-        pyramid.generate("def fib(n):\n", method=method, max_new_tokens=tokens)
-    pyramid.close()
+    given = {"dtype": "bfloat16", "max_seq": 512, **loading}
+    with (
+        pyramid_rt.load(weights, device="cpu", backend="triton", control="device", **given) as pyramid,
+        device.scheduled(Schedule(detect=False)),
+        device.counted() as launched,
+    ):
+        result = pyramid.generate(prompt, **options)
     kernels = dict.fromkeys(name for name, _ in launched)
-    rows = ["| kernel | launches | instructions | read | written |", "|---|---|---|---|---|"]
+    stats = result.stats
+    about = (
+        f"{stats.method}: {stats.prompt_tokens} tokens of prompt, {stats.new_tokens} new, {given['dtype']}"
+    )
+    rows = [about, "", "| kernel | launches | instructions | read | written |", "|---|---|---|---|---|"]
     for kernel in kernels:
         every = [counts for name, counts in launched if name == kernel]
         read, written = (
@@ -88,15 +95,27 @@ def main() -> int:
         "--weights", type=Path, help="of --decode: a pyramid's directory; the demo's if left out"
     )
     parser.add_argument("--method", default="psd")
+    parser.add_argument(
+        "--request",
+        action="store_true",
+        help="count the generation that a JSON object on standard input says",
+    )
     given = parser.parse_args()
     device.install(given.arch)
     import pyramid_rt
 
     demo = Path(pyramid_rt.__file__).parent / "demo"
-    if given.decode:
-        print(decode(given.weights or demo, given.decode, given.method))
-    else:
-        print(markdown())
+    try:
+        if given.request:
+            print(decode(**json.load(sys.stdin)))
+        elif given.decode:
+            options = {"method": given.method, "max_new_tokens": given.decode}
+            print(decode(given.weights or demo, "def fib(n):\n", {}, options))
+        else:
+            print(markdown())
+    except pyramid_rt.PyramidError as error:
+        print(f"pyramid-rt: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

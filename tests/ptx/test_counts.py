@@ -142,7 +142,9 @@ def test_the_page_for_kernel_readers_has_the_counts() -> None:
 def test_a_generation_is_counted_by_kernel() -> None:
     import pyramid_rt
 
-    found = decode(Path(pyramid_rt.__file__).parent / "demo", 2, "ar")
+    options = {"method": "ar", "max_new_tokens": 2}
+    found = decode(Path(pyramid_rt.__file__).parent / "demo", "def fib(n):\n", {}, options)
+    assert found.startswith("ar: ")
     # The first token from a prefill of the target's six layers, the second from a pass; each is drawn once.
     assert "| `attention_kernel` | 12 |" in found
     assert "| `sample_kernel` | 2 |" in found
