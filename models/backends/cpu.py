@@ -63,18 +63,23 @@ class CpuWindow(Window):
     rows_mask: Tensor | None
 
 
+def _floats(count: int) -> Tensor:
+    """Whatever the application's default type and device are."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 class Scratch:
     """Memory that is kept from call to call: what is taken anew for every layer, the system clears page by page."""
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0), torch.empty(0)]
+        self._buffers = [_floats(0), _floats(0)]
 
     def take(self, index: int, shape: tuple[int, ...]) -> Tensor:
         """Float32 of this shape, holding anything, valid until the next call with this index (0 or 1)."""
         count = prod(shape)
         if self._buffers[index].shape[0] < count:
             with torch.inference_mode(False):
-                self._buffers[index] = torch.empty(count)
+                self._buffers[index] = _floats(count)
         return self._buffers[index][:count].view(shape)
 
 
@@ -261,7 +266,9 @@ def batched_scores_agree(kv_heads: int, head_dim: int, threads: int) -> bool:
     generator, most = torch.Generator().manual_seed(0), BATCHED_ROWS
     with torch.inference_mode():
         q, keys = (
-            torch.randn((kv_heads, count, head_dim), generator=generator).bfloat16()
+            torch.randn(
+                (kv_heads, count, head_dim), generator=generator, dtype=torch.float32, device="cpu"
+            ).bfloat16()
             for count in (most, BATCHED_KEYS)
         )
         for bound in range(KEYS, BATCHED_KEYS + 1, KEYS):
@@ -284,7 +291,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
 @cache
 def _constant(value: float) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=torch.float32)
+        return torch.full((), value, dtype=torch.float32, device="cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

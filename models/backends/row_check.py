@@ -50,7 +50,10 @@ def keeps_bits(dtype: torch.dtype) -> bool:
 def _tried(dtype: torch.dtype, threads: int) -> bool:
     with torch.inference_mode():
         model, generator = _model(dtype), torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, _CONFIG.vocab_size, (sum(_LENGTHS),), generator=generator)
+        shape = (sum(_LENGTHS),)
+        tokens = torch.randint(
+            0, _CONFIG.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu"
+        )
         singly = [_LENGTHS[0], *[1] * sum(_LENGTHS[1:])]
         first, second = (_logits(model, tokens, lengths) for lengths in (_LENGTHS, singly))
         return torch.equal(first, second)
@@ -79,8 +82,8 @@ def _logits(model: Llama, tokens: Tensor, lengths: tuple[int, ...] | list[int]) 
     cache = KVCache.allocate(_CONFIG, cache_rows, model.rotary.dtype, tokens.device)
     parts, begin = [], 0
     for length in lengths:
-        rows = torch.arange(length) if begin else None
-        start, end = torch.tensor(begin), begin + length
+        rows = torch.arange(length, dtype=torch.int64, device="cpu") if begin else None
+        start, end = torch.tensor(begin, dtype=torch.int64, device="cpu"), begin + length
         logits = forward(model, cache, tokens[begin:end], start, rows=rows, kv_bound=end)
         parts += [] if logits is None else [logits.clone()]
         begin = end

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import pyramid_rt
-from pyramid_rt.cli import counted, main
+from pyramid_rt.cli import main
 
 
 @pytest.fixture
@@ -66,6 +66,6 @@ def test_flags_of_times_and_devices_are_refused(
 def test_an_installed_package_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(counted.pyramid_rt, "__file__", str(tmp_path / "pyramid_rt" / "__init__.py"))
+    monkeypatch.setattr(pyramid_rt, "__file__", str(tmp_path / "pyramid_rt" / "__init__.py"))
     assert main(["profile", "--counted", "a"]) == 2
     assert "it needs a copy of the repository" in capsys.readouterr().err
