@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyramid_rt.kernels.reference import forward as reference
-from pyramid_rt.models.backends.torch import TorchBackend, Window
+from pyramid_rt.models.backends.torch import TorchBackend, Window, cached
 from pyramid_rt.models.matrix import Matrix, can_pack, onednn_product
 from pyramid_rt.models.trees import Tree
 
@@ -130,16 +130,8 @@ class CpuBackend(TorchBackend):
     ) -> Tensor:
         """See `Backend`."""
         assert isinstance(window, CpuWindow)
-        kv_heads, _, head_dim = k_cache.shape
-        joint = weight.multiply(rms_norm(x, norm, eps), bias).view(x.shape[0], -1, head_dim)
-        if window.count == 1:
-            joint = joint[:1]
-        heads = joint.shape[1] - 2 * kv_heads
-        qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
-        q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
-        reference.write_cache(k_cache, k, window.slots)
-        reference.write_cache(v_cache, v, window.slots)
-        return q
+        joint = weight.multiply(rms_norm(x, norm, eps), bias)
+        return cached(joint[:1] if window.count == 1 else joint, k_cache, v_cache, window)
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`; the result has two rows at least."""

@@ -34,6 +34,18 @@ class Window:
     mask: Tensor
 
 
+def cached(joint: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
+    """Rotate Q and K of a joint projection [T, (H + 2 KV) D], write K and V to the window's rows -> q [T, H, D]."""
+    kv_heads, _, head_dim = k_cache.shape
+    joint = joint.view(joint.shape[0], -1, head_dim)
+    heads = joint.shape[1] - 2 * kv_heads
+    qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
+    q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
+    reference.write_cache(k_cache, k, window.slots)
+    reference.write_cache(v_cache, v, window.slots)
+    return q
+
+
 @dataclass(frozen=True, slots=True)
 class TorchBackend:
     """The reference ops, on any device."""
@@ -84,15 +96,7 @@ class TorchBackend:
         window: Window,
     ) -> Tensor:
         """See `Backend`."""
-        kv_heads, _, head_dim = k_cache.shape
-        normed = reference.rms_norm(x, norm, eps)
-        joint = weight.multiply(normed, bias).view(x.shape[0], -1, head_dim)
-        heads = joint.shape[1] - 2 * kv_heads
-        qk, v = joint.split_with_sizes((heads + kv_heads, kv_heads), 1)
-        q, k = reference.apply_rope(qk, window.cos, window.sin).split_with_sizes((heads, kv_heads), 1)
-        reference.write_cache(k_cache, k, window.slots)
-        reference.write_cache(v_cache, v, window.slots)
-        return q
+        return cached(weight.multiply(reference.rms_norm(x, norm, eps), bias), k_cache, v_cache, window)
 
     def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: Window) -> Tensor:
         """See `Backend`."""
